@@ -27,10 +27,10 @@ new: .venv/.dev  ## make new NAME=core/10_foo: start a notebook from the templat
 bench: .venv/.bench  ## measure again; the saved results are what the benchmark notebooks show
 	OT_BENCH=1 $(RUN) --timeout 7200 $(wildcard nbs/benchmarks/b*.ipynb)
 
-docs: .venv/.docs  ## the site, in _docs
+docs: .venv/.docs  ## the site, in _docs/html
 	$(BIN)/python tests/authoring.py docs
-	$(BIN)/sphinx-build -q -c nbs/docs _proc _docs
-	@echo _docs/index.html
+	$(BIN)/sphinx-build -q _proc _docs/html
+	@echo _docs/html/index.html
 
 export: .venv/.dev  ## notebooks to ot_research, and without stray metadata
 	@$(BIN)/nbdev_export

@@ -9,10 +9,25 @@ import re
 import sys
 from pathlib import Path
 
+import yaml
 from execnb.nbio import nb2str
+from fastcore.xtras import rtoken_hex
+from nbdev.serve import proc_nbs
 
 ROOT = Path(__file__).resolve().parents[1]
+CONF = """\
+project = "ot_research"
+extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
+nb_execution_mode = "off"
+myst_enable_extensions = ["dollarmath", "amsmath", "html_image"]
+myst_dmath_double_inline = True
+suppress_warnings = ["myst.header", "myst.xref_missing", "docutils"]  # links to files that are not pages, rules between functions
+html_theme = "pydata_sphinx_theme"
+html_theme_options = {"navbar_align": "left", "secondary_sidebar_items": ["page-toc"]}
+html_show_copyright = False
+"""
 NBS = ROOT / "nbs"
+FOLDERS = ["core", "continuous", "apps", "experiments", "benchmarks", "side"]  # the order of the site
 MADE = "<!-- made from nbs/index.ipynb by `make readme` -->\n\n"
 
 
@@ -59,10 +74,42 @@ def readme() -> str:
     return MADE + "\n\n".join(parts) + "\n"
 
 
+def markdown(source: str) -> dict: return dict(cell_type="markdown", id=rtoken_hex(4), metadata={}, source=source)
+
+
+def contents(pages: list[str], option: str = "") -> str: return "\n".join(["```{toctree}", option, "", *pages, "```"])
+
+
+def page(nb: dict) -> dict:
+    "A processed notebook with its title back, and without the calls that drew the signatures"
+    head = yaml.safe_load("".join(nb["cells"][0]["source"]).strip("-\n"))
+    nb["cells"][0] = markdown(f"# {head['title']}\n\n> {head['description']}")
+    for cell in nb["cells"]:
+        if "".join(cell["source"]).startswith("#| echo: false"):
+            cell["metadata"]["tags"] = ["remove-input"]
+    return nb
+
+
+def docs():
+    "Notebooks with their functions' signatures, a page of contents for each folder, and the settings of Sphinx"
+    proc = proc_nbs(force=True)
+    folders = [name for name in FOLDERS if (proc / name).exists()]
+    for name in folders:
+        pages = sorted(path.stem for path in (proc / name).glob("*.ipynb"))
+        (proc / name / "index.md").write_text(f"# {name.capitalize()}\n\n{contents(pages)}\n", encoding="utf-8")
+    for path in proc.rglob("*.ipynb"):
+        nb = page(json.loads(path.read_text(encoding="utf-8")))
+        if path == proc / "index.ipynb":
+            nb["cells"].append(markdown(contents([f"{name}/index" for name in folders], ":hidden:")))
+        path.write_text(nb2str(nb), encoding="utf-8")
+    (proc / "conf.py").write_text(CONF, encoding="utf-8")
+
+
 def main():
     match sys.argv[1:]:
         case ["new", name]: new(name)
         case ["readme"]: (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+        case ["docs"]: docs()
         case _: sys.exit(__doc__)
 
 
