@@ -29,6 +29,7 @@ from PIL import Image
 from traitlets import default
 
 ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
 RTOL, ATOL = 1e-3, 1e-12  # for numbers in text
 RMS = 4.0                 # for pictures, in gray levels of 255
 TIMEOUT = 600             # seconds for a whole notebook
@@ -46,6 +47,11 @@ COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 class NotebookError(Exception):
     "A notebook raised, ran out of time, wrote to stderr, or no longer gives its stored outputs"
+
+
+def notebooks() -> list[Path]:
+    "Every notebook of the library"
+    return sorted(p for p in NBS.rglob("*.ipynb") if not re.search(r"/[._]", p.relative_to(NBS.parent).as_posix()))
 
 
 # --- Execution ---

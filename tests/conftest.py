@@ -1,0 +1,16 @@
+"Shapes are checked, threads are one, seeds are fixed"
+from jaxtyping import install_import_hook
+
+install_import_hook("ot_research", "beartype.beartype")  # before anything imports the package
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def seed(): torch.manual_seed(0)

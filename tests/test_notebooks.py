@@ -1,0 +1,54 @@
+"Every notebook, executed in a fresh kernel, still gives the outputs stored in it"
+import json
+
+import pytest
+import runner
+
+NOTEBOOKS = runner.notebooks()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(runner.NBS).as_posix())
+def test_notebook(path): runner.check(path)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(runner.NBS).as_posix())
+def test_outputs_are_stored_and_none_is_an_error(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    kinds = {out["output_type"] for cell in cells for out in cell.get("outputs", [])}
+    assert kinds and "error" not in kinds
+
+
+def cell(text: str, *tags: str) -> dict:
+    out = dict(output_type="stream", name="stdout", text=[text])
+    return dict(cell_type="code", source=["x"], metadata=dict(tags=list(tags)), outputs=[out])
+
+
+@pytest.mark.parametrize("new, differs", [
+    ("error  1.2345e-05 after 12", False),
+    ("error 1.2346e-05 after 12", False),
+    ("error 1.24e-05 after 12", True),
+    ("error 1.2345e-05 after 13", True),
+    ("Error 1.2345e-05 after 12", True),
+])
+def test_words_are_compared_exactly_and_numbers_closely(new, differs):
+    old = dict(cells=[cell("error 1.2345e-05 after 12")])
+    assert bool(runner.differences(old, dict(cells=[cell(new)]))) == differs
+
+
+def test_nondeterministic_cells_are_exempt():
+    old, new = (dict(cells=[cell(text, "nondeterministic")]) for text in ("1 s", "2 s"))
+    assert not runner.differences(old, new)
+
+
+@pytest.mark.parametrize("source, message", [
+    ("1 / 0", "ZeroDivisionError"),
+    ("import warnings; warnings.warn('careful')", "writes to stderr"),
+    ("import time; time.sleep(60)", "timed out"),
+])
+def test_a_notebook_that_fails_says_which_cell(tmp_path, source, message):
+    path = tmp_path / "bad.ipynb"
+    code = dict(cell_type="code", id="a", metadata={}, source=[source], outputs=[], execution_count=None)
+    runner.write(dict(cells=[code], metadata={}, nbformat=4, nbformat_minor=5), path)
+    with pytest.raises(runner.NotebookError, match=message) as error:
+        runner.check(path, timeout=10 if "sleep" not in source else 2)
+    assert source in str(error.value)
