@@ -21,7 +21,7 @@ extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath", "amsmath", "html_image"]
 myst_dmath_double_inline = True
-suppress_warnings = ["myst.header", "myst.xref_missing", "docutils"]  # links to files that are not pages, rules between functions
+suppress_warnings = ["myst.header", "myst.xref_missing", "docutils"]  # links to files, rules after functions
 html_theme = "pydata_sphinx_theme"
 html_theme_options = {"navbar_align": "left", "secondary_sidebar_items": ["page-toc"]}
 html_show_copyright = False
@@ -70,14 +70,18 @@ def code(cell: dict) -> list[str]:
 def readme() -> str:
     "The text of README.md"
     cells = json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"]
-    parts = [p for c in cells for p in (code(c) if c["cell_type"] == "code" else [from_root("".join(c["source"]))])]
+    parts = []
+    for cell in cells:
+        parts += code(cell) if cell["cell_type"] == "code" else [from_root("".join(cell["source"]))]
     return MADE + "\n\n".join(parts) + "\n"
 
 
-def markdown(source: str) -> dict: return dict(cell_type="markdown", id=rtoken_hex(4), metadata={}, source=source)
+def markdown(source: str) -> dict:
+    return dict(cell_type="markdown", id=rtoken_hex(4), metadata={}, source=source)
 
 
-def contents(pages: list[str], option: str = "") -> str: return "\n".join(["```{toctree}", option, "", *pages, "```"])
+def contents(pages: list[str], option: str = "") -> str:
+    return "\n".join(["```{toctree}", option, "", *pages, "```"])
 
 
 def page(nb: dict) -> dict:
@@ -91,12 +95,13 @@ def page(nb: dict) -> dict:
 
 
 def docs():
-    "Notebooks with their functions' signatures, a page of contents for each folder, and the settings of Sphinx"
+    "Notebooks with their functions' signatures, a contents page for each folder, the settings of Sphinx"
     proc = proc_nbs(force=True)
     folders = [name for name in FOLDERS if (proc / name).exists()]
     for name in folders:
         pages = sorted(path.stem for path in (proc / name).glob("*.ipynb"))
-        (proc / name / "index.md").write_text(f"# {name.capitalize()}\n\n{contents(pages)}\n", encoding="utf-8")
+        text = f"# {name.capitalize()}\n\n{contents(pages)}\n"
+        (proc / name / "index.md").write_text(text, encoding="utf-8")
     for path in proc.rglob("*.ipynb"):
         nb = page(json.loads(path.read_text(encoding="utf-8")))
         if path == proc / "index.ipynb":

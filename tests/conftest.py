@@ -3,9 +3,9 @@ from jaxtyping import install_import_hook
 
 install_import_hook("ot_research", "beartype.beartype")  # before anything imports the package
 
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import pytest
+import torch
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -1,4 +1,4 @@
-"""Execute notebooks in fresh kernels, write their outputs in one canonical form, or compare with the stored ones
+"""Execute notebooks in fresh kernels: write their outputs in one canonical form, or compare with those stored
 
     python tests/runner.py run nbs/core/00_kernels.ipynb     execute and store the outputs
     python tests/runner.py check nbs/core/*.ipynb            execute and compare, write nothing
@@ -51,7 +51,7 @@ class NotebookError(Exception):
 
 def notebooks() -> list[Path]:
     "Every notebook of the library"
-    return sorted(p for p in NBS.rglob("*.ipynb") if not re.search(r"/[._]", p.relative_to(NBS.parent).as_posix()))
+    return sorted(p for p in NBS.rglob("*.ipynb") if not re.search(r"/[._]", p.relative_to(ROOT).as_posix()))
 
 
 # --- Execution ---
@@ -67,13 +67,13 @@ def kernel_env(ipython_dir: str) -> dict:
     "One thread, small scale, no progress bars, and the package beside this file"
     threads = os.environ.get("OT_THREADS", "1")
     counts = {f"{lib}_NUM_THREADS": threads for lib in ("OMP", "MKL", "OPENBLAS")}
-    policy = dict(PYTHONPATH=str(ROOT), PYTHONHASHSEED="0", TQDM_DISABLE="1", MPLBACKEND="", IPYTHONDIR=ipython_dir)
-    return {"OT_SCALE": "small", **os.environ, **counts, **policy}
+    policy = dict(PYTHONPATH=str(ROOT), PYTHONHASHSEED="0", TQDM_DISABLE="1", MPLBACKEND="")
+    return {"OT_SCALE": "small", **os.environ, **counts, **policy, "IPYTHONDIR": ipython_dir}
 
 
 def execute(path: Path, timeout: float = TIMEOUT) -> dict:
     "Run the notebook in a fresh kernel, in its own folder; its canonical form"
-    import matplotlib.font_manager  # noqa: F401  builds the font cache, which would report to stderr in the kernel
+    import matplotlib.font_manager  # noqa: F401  or the kernel would make the font cache, and say so
 
     nb = nbformat.read(path, as_version=4)
     deadline = time.monotonic() + timeout
@@ -97,7 +97,7 @@ def execute(path: Path, timeout: float = TIMEOUT) -> dict:
 # --- The canonical form ---
 
 def canonical(nb: nbformat.NotebookNode) -> dict:
-    "What `nbdev_clean` leaves, with widgets numbered in their order of creation and without their empty fields"
+    "What `nbdev_clean` leaves; widgets numbered in their order of creation, without their empty fields"
     nb.metadata["kernelspec"] = dict(display_name="python3", language="python", name="python3")
     widgets = nb.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {})
     for widget in widgets.values():
@@ -158,13 +158,15 @@ def shown(outputs: list) -> str:
 
 
 def differences(old: dict, new: dict, rtol: float = RTOL, atol: float = ATOL) -> list[str]:
-    "One message for each cell whose outputs differ"
-    return [
+    "One message for each cell whose outputs differ, and one for the widgets"
+    messages = [
         f"{''.join(a['source'])}\n{'-' * 18} stored {'-' * 18}\n{shown(a['outputs'])}\n"
         f"{'-' * 19} now {'-' * 20}\n{shown(b['outputs'])}"
         for a, b in zip(old["cells"], new["cells"], strict=True)
         if a["cell_type"] == "code" and not exempt(a) and not same(a["outputs"], b["outputs"], rtol, atol)
     ]
+    widgets = same(old["metadata"], new["metadata"], rtol, atol)
+    return messages if widgets else [*messages, "the widgets' state, in the notebook's metadata"]
 
 
 # --- The commands ---
@@ -188,13 +190,14 @@ def check(path: Path, rtol: float = RTOL, atol: float = ATOL, timeout: float = T
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["run", "check"])
-    parser.add_argument("notebooks", nargs="+", type=Path)
-    parser.add_argument("--keep", action="store_true", help="run: leave a notebook whose outputs agree as it is")
-    parser.add_argument("--show", default="", metavar="TAG", help="run: print the text of the cells with this tag")
-    parser.add_argument("--rtol", type=float, default=RTOL, help="check: relative tolerance of numbers in text")
-    parser.add_argument("--atol", type=float, default=ATOL, help="check: absolute tolerance of numbers in text")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds for one notebook")
+    add = parser.add_argument
+    add("command", choices=["run", "check"])
+    add("notebooks", nargs="+", type=Path)
+    add("--keep", action="store_true", help="run: leave a notebook whose outputs agree as it is")
+    add("--show", default="", metavar="TAG", help="run: print the text of the cells with this tag")
+    add("--rtol", type=float, default=RTOL, help="check: relative tolerance of numbers in text")
+    add("--atol", type=float, default=ATOL, help="check: absolute tolerance of numbers in text")
+    add("--timeout", type=float, default=TIMEOUT, help="seconds for one notebook")
     args = parser.parse_args()
     try:
         for path in args.notebooks:

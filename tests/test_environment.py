@@ -11,12 +11,13 @@ from runner import ROOT
 
 ini = ConfigParser(delimiters=["="])
 ini.read(ROOT / "settings.ini", encoding="utf-8")
-RANGES = {key: [Requirement(r) for r in value.split()] for key, value in ini["DEFAULT"].items() if "requirements" in key}
+SUFFIX = "requirements"
+RANGES = {key.removesuffix(SUFFIX): [Requirement(r) for r in value.split()]
+          for key, value in ini["DEFAULT"].items() if key.endswith(SUFFIX)}
 LINES = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
 PINS = dict(line.split("==") for line in LINES if line and not line.startswith("#"))
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-INSTALLED = [r for key in ("requirements", "notebooks_requirements", "data_requirements", "test_requirements")
-             for r in RANGES[key]]
+INSTALLED = [r for key in ("", "notebooks_", "data_", "test_") for r in RANGES[key]]
 
 
 @pytest.mark.parametrize("requirement", sum(RANGES.values(), []), ids=str)
@@ -43,4 +44,5 @@ def test_conda_installs_the_pinned_versions_and_the_library():
 
 
 def test_the_named_tools_are_in_the_environment():
-    assert {"jupyterlab", "nbdev", "torch", "geomloss", "matplotlib", "ipywidgets"} <= {r.name for r in INSTALLED}
+    named = {"jupyterlab", "nbdev", "torch", "geomloss", "matplotlib", "ipywidgets"}
+    assert named <= {r.name for r in INSTALLED}

@@ -18,9 +18,11 @@ def test_outputs_are_stored_and_none_is_an_error(path):
     assert kinds and "error" not in kinds
 
 
-def cell(text: str, *tags: str) -> dict:
+def notebook(text: str, *tags: str) -> dict:
+    "One cell that printed a text"
     out = dict(output_type="stream", name="stdout", text=[text])
-    return dict(cell_type="code", source=["x"], metadata=dict(tags=list(tags)), outputs=[out])
+    cell = dict(cell_type="code", source=["x"], metadata=dict(tags=list(tags)), outputs=[out])
+    return dict(cells=[cell], metadata={})
 
 
 @pytest.mark.parametrize("new, differs", [
@@ -31,13 +33,11 @@ def cell(text: str, *tags: str) -> dict:
     ("Error 1.2345e-05 after 12", True),
 ])
 def test_words_are_compared_exactly_and_numbers_closely(new, differs):
-    old = dict(cells=[cell("error 1.2345e-05 after 12")])
-    assert bool(runner.differences(old, dict(cells=[cell(new)]))) == differs
+    assert bool(runner.differences(notebook("error 1.2345e-05 after 12"), notebook(new))) == differs
 
 
 def test_nondeterministic_cells_are_exempt():
-    old, new = (dict(cells=[cell(text, "nondeterministic")]) for text in ("1 s", "2 s"))
-    assert not runner.differences(old, new)
+    assert not runner.differences(notebook("1 s", runner.EXEMPT), notebook("2 s", runner.EXEMPT))
 
 
 @pytest.mark.parametrize("source, message", [

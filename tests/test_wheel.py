@@ -1,7 +1,7 @@
 """The built wheel imports with its run-time requirements alone
 
-Installing PyTorch again would cost a minute. The empty environment sees, through links, exactly the packages that
-the wheel's own metadata require, taken from the environment that runs the tests.
+Installing PyTorch again would cost a minute. The empty environment sees, through links, exactly the packages
+that the wheel's own metadata require, taken from the environment that runs the tests.
 """
 import shutil
 import subprocess
@@ -55,7 +55,8 @@ def python(tmp_path_factory) -> Path:
     return tmp / "env/bin/python"
 
 
-def run(python: Path, code: str): return subprocess.run([python, "-I", "-W", "error", "-c", code], cwd="/", check=True)
+def run(python: Path, code: str):
+    subprocess.run([python, "-I", "-W", "error", "-c", code], cwd="/", check=True)
 
 
 def test_the_core_imports(python):
