@@ -78,9 +78,13 @@ def execute(path: Path, timeout: float = TIMEOUT) -> dict:
     nb = nbformat.read(path, as_version=4)
     deadline = time.monotonic() + timeout
     client = NotebookClient(
-        nb, kernel_manager_class=Kernel, resources={"metadata": {"path": str(path.resolve().parent)}},
-        timeout_func=lambda cell: max(1, deadline - time.monotonic()), record_timing=False, coalesce_streams=True,
+        nb,
+        kernel_manager_class=Kernel,
         extra_arguments=KERNEL_OPTIONS,
+        resources={"metadata": {"path": str(path.resolve().parent)}},
+        timeout_func=lambda cell: max(1, deadline - time.monotonic()),
+        record_timing=False,
+        coalesce_streams=True,
     )
     with tempfile.TemporaryDirectory() as ipython_dir:
         try:
@@ -154,7 +158,7 @@ def exempt(cell: dict) -> bool: return EXEMPT in cell["metadata"].get("tags", []
 def shown(outputs: list) -> str:
     "The text a reader sees"
     texts = (out.get("text") or out.get("data", {}).get("text/plain", "") for out in outputs)
-    return "\n".join("".join(text) for text in texts)
+    return "\n".join("".join(text).rstrip() for text in texts)
 
 
 def differences(old: dict, new: dict, rtol: float = RTOL, atol: float = ATOL) -> list[str]:

@@ -40,6 +40,29 @@ def test_nondeterministic_cells_are_exempt():
     assert not runner.differences(notebook("1 s", runner.EXEMPT), notebook("2 s", runner.EXEMPT))
 
 
+def write(path, source: str):
+    code = dict(cell_type="code", id="a", metadata={}, source=[source], outputs=[], execution_count=None)
+    runner.write(dict(cells=[code], metadata={}, nbformat=4, nbformat_minor=5), path)
+
+
+def test_two_runs_write_the_same_bytes(tmp_path):
+    path = tmp_path / "explorer.ipynb"
+    write(path, """
+from ipywidgets import interact
+from matplotlib import pyplot as plt
+from tqdm.auto import tqdm
+
+def draw(n):
+    plt.plot(range(n))
+    plt.show()
+    print(sum(tqdm(range(n))))
+
+interact(draw, n=(1, 5))
+""")
+    texts = [runner.run(path) or path.read_bytes() for _ in range(2)]
+    assert texts[0] == texts[1] and b"image/png" in texts[0]
+
+
 @pytest.mark.parametrize("source, message", [
     ("1 / 0", "ZeroDivisionError"),
     ("import warnings; warnings.warn('careful')", "writes to stderr"),
@@ -47,8 +70,7 @@ def test_nondeterministic_cells_are_exempt():
 ])
 def test_a_notebook_that_fails_says_which_cell(tmp_path, source, message):
     path = tmp_path / "bad.ipynb"
-    code = dict(cell_type="code", id="a", metadata={}, source=[source], outputs=[], execution_count=None)
-    runner.write(dict(cells=[code], metadata={}, nbformat=4, nbformat_minor=5), path)
+    write(path, source)
     with pytest.raises(runner.NotebookError, match=message) as error:
         runner.check(path, timeout=10 if "sleep" not in source else 2)
     assert source in str(error.value)
