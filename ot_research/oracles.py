@@ -33,7 +33,8 @@ def linear_program(
     cost, weights = (t.detach().double().cpu() for t in (C.flatten(), torch.cat([a, b])))
     allowed = cost.isfinite().numpy()
     answer = linprog(cost.numpy()[allowed], A_eq=marginals[:, allowed], b_eq=weights.numpy(), method="highs",
-                     options=dict(primal_feasibility_tolerance=1e-10, dual_feasibility_tolerance=1e-10))
+                     options=dict(primal_feasibility_tolerance=1e-10, dual_feasibility_tolerance=1e-10,
+                                  presolve=False))  # presolve takes the last digits of redundant weights for infeasibility
     if not answer.success: raise ValueError(f"the linear program has no solution: {answer.message}")
     plan = np.zeros(n * m); plan[allowed] = answer.x
     like = lambda t: torch.as_tensor(t, dtype=C.dtype, device=C.device)
