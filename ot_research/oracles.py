@@ -34,7 +34,7 @@ def linear_program(
     allowed = cost.isfinite().numpy()
     answer = linprog(cost.numpy()[allowed], A_eq=marginals[:, allowed], b_eq=weights.numpy(), method="highs",
                      options=dict(primal_feasibility_tolerance=1e-10, dual_feasibility_tolerance=1e-10,
-                                  presolve=False))  # presolve takes the last digits of redundant weights for infeasibility
+                                  presolve=False))  # presolve takes rounding in the weights for infeasibility
     if not answer.success: raise ValueError(f"the linear program has no solution: {answer.message}")
     plan = np.zeros(n * m); plan[allowed] = answer.x
     like = lambda t: torch.as_tensor(t, dtype=C.dtype, device=C.device)
