@@ -64,10 +64,10 @@ class Kernel(AsyncKernelManager):
 
 
 def kernel_env(ipython_dir: str) -> dict:
-    "One thread, small scale, no progress bars, and the package beside this file"
+    "One thread, small scale, no progress bars, no word from KeOps, and the package beside this file"
     threads = os.environ.get("OT_THREADS", "1")
     counts = {f"{lib}_NUM_THREADS": threads for lib in ("OMP", "MKL", "OPENBLAS")}
-    policy = dict(PYTHONPATH=str(ROOT), PYTHONHASHSEED="0", TQDM_DISABLE="1", MPLBACKEND="")
+    policy = dict(PYTHONPATH=str(ROOT), PYTHONHASHSEED="0", TQDM_DISABLE="1", KEOPS_VERBOSE="0", MPLBACKEND="")
     return {"OT_SCALE": "small", **os.environ, **counts, **policy, "IPYTHONDIR": ipython_dir}
 
 
