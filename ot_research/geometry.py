@@ -9,7 +9,7 @@ __all__ = ['FACTORED', 'BLOCKED', 'Geometry', 'Flaw', 'float_tensors', 'cost_sco
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,6 +19,7 @@ from .kernels import (FLOOR, LOWEST, Scores, attend, attend_blocks, bilinear_sco
                                  softmax_blocks)
 
 # %% ../nbs/core/01_geometry.ipynb #c3
+@runtime_checkable
 class Geometry(Protocol):
     "All that a solver may ask of a cost; its columns are the rows of `T`"
     shape: torch.Size  # (*batch, n, m)
