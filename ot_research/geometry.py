@@ -178,7 +178,9 @@ class PointCloud:
             raise ValueError(f"x has {x.shape[-1]} coordinates per point and y has {y.shape[-1]}")
         if not callable(self.cost) and self.cost not in FACTORED | BLOCKED:
             raise ValueError(f"cost must be callable or one of {sorted(FACTORED | BLOCKED)}, not {self.cost!r}")
-        batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        try: batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        except RuntimeError:
+            raise ValueError(f"the batches of x {tuple(x.shape)} and y {tuple(y.shape)} do not broadcast") from None
         object.__setattr__(self, "x", x.expand(*batch, *x.shape[-2:]))
         object.__setattr__(self, "y", y.expand(*batch, *y.shape[-2:]))
 
@@ -228,7 +230,10 @@ class PointCloud:
             row, col, query, key = self.factors
             return row[..., rows, None] + col[..., None, :] - query[..., rows, :] @ key.mT
         cost = self.cost if callable(self.cost) else BLOCKED[self.cost]
-        return cost(self.x[..., rows, :], self.y)
+        x = self.x[..., rows, :]
+        block, due = cost(x, self.y), (*x.shape[:-1], self.shape[-1])
+        if block.shape != due: raise ValueError(f"the cost function gave a block of shape {tuple(block.shape)} where {due} was due")
+        return block
 
     def attend(self, log_v, eps, value):
         if self.factors is None: return attend_blocks(cost_scores(self, log_v, eps), self.shape, value)
