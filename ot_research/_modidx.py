@@ -13,8 +13,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'ot_research/apps/color_transfer.py'),
                                                  'ot_research.apps.color_transfer.move_channels': ( 'apps/color_transfer.html#move_channels',
                                                                                                     'ot_research/apps/color_transfer.py'),
-                                                 'ot_research.apps.color_transfer.nearest': ( 'apps/color_transfer.html#nearest',
-                                                                                              'ot_research/apps/color_transfer.py'),
                                                  'ot_research.apps.color_transfer.palette': ( 'apps/color_transfer.html#palette',
                                                                                               'ot_research/apps/color_transfer.py'),
                                                  'ot_research.apps.color_transfer.palette_transfer': ( 'apps/color_transfer.html#palette_transfer',

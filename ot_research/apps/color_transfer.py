@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'Solver', 'channel_levels', 'channel_histograms', 'channel_problem', 'move_channels', 'channel_transfer',
-           'Palette', 'nearest', 'palette', 'palette_transfer']
+           'Palette', 'palette', 'palette_transfer']
 
 # %% ../../nbs/apps/color_transfer.ipynb #c2
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from ..geometry import PointCloud
@@ -83,35 +84,25 @@ class Palette(NamedTuple):
     colors: Float[Tensor, "k c"]
     weights: Float[Tensor, "k"]  # the share of pixels nearest to each
 
-# %% ../../nbs/apps/color_transfer.ipynb #c55
-def nearest(x: Float[Tensor, "n c"], y: Float[Tensor, "k c"]) -> Int[Tensor, "n"]:
-    "The index of the nearest of `y` for each of `x`"
-    return torch.cat([torch.addmm(y.square().sum(1), block, y.T, alpha=-2).argmin(1) for block in x.split(2048)])
-
-# %% ../../nbs/apps/color_transfer.ipynb #c57
+# %% ../../nbs/apps/color_transfer.ipynb #c56
 def palette(
     image: Float[Tensor, "*pixels c"],  # colors in [0, 1]
     k: int = 512,                       # colors wanted; a few that come to stand for nothing are dropped
     *,
     seed: int = 0,
     sample: int = 16_384,               # pixels that k-means looks at
-    n_iter: int = 20,
 ) -> Palette:
     "The colors of an image, summed up by k-means"
     channel_levels(image)   # refuses colors outside of [0, 1]
-    pixels = image.flatten(0, -2).double()
-    random = torch.Generator(pixels.device).manual_seed(seed)
-    some = pixels[torch.randint(len(pixels), (sample,), generator=random, device=pixels.device)]
-    some = some + (torch.rand(some.shape, generator=random, dtype=some.dtype, device=some.device) - 0.5) / (LEVELS - 1)
-    centers = some[:k]
-    for _ in range(n_iter):
-        label = nearest(some, centers)
-        count = label.bincount(minlength=len(centers)).unsqueeze(1)
-        centers = torch.where(count > 0, torch.zeros_like(centers).index_add(0, label, some) / count, centers)
-    weights = nearest(pixels, centers).bincount(minlength=len(centers)).double() / len(pixels)
-    return Palette(centers[weights > 0], weights[weights > 0])
+    pixels, random = image.flatten(0, -2).double().cpu(), torch.Generator().manual_seed(seed)
+    some = pixels[torch.randint(len(pixels), (sample,), generator=random)]
+    noise = torch.rand(some.shape, generator=random, dtype=some.dtype) - 0.5
+    found = KMeans(k, n_init=1, max_iter=20, random_state=seed).fit((some + noise / (LEVELS - 1)).numpy())
+    count = torch.as_tensor(found.predict(pixels.numpy())).bincount(minlength=k)
+    colors, weights = torch.as_tensor(found.cluster_centers_), count / count.sum(dtype=torch.float64)
+    return Palette(colors[count > 0].to(image.device), weights[count > 0].to(image.device))
 
-# %% ../../nbs/apps/color_transfer.ipynb #c64
+# %% ../../nbs/apps/color_transfer.ipynb #c60
 def palette_transfer(
     source: Float[Tensor, "*pixels c"],  # colors in [0, 1]
     target: Float[Tensor, "*others c"],
