@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['CHILD', 'threads', 'processor', 'machine', 'synchronize', 'Timing', 'timed', 'resident', 'wipe_marks', 'extra_memory',
-           'Measured', 'outcome', 'isolated', 'private_words', 'rounded', 'save', 'recorded']
+           'Measured', 'outcome', 'isolated', 'private_words', 'rounded', 'save', 'recorded', 'markdown_table']
 
 # %% ../nbs/side/bench.ipynb #c2
 import ctypes
 import inspect
 import json
+import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -25,12 +27,12 @@ from typing import NamedTuple
 
 import torch
 
-# %% ../nbs/side/bench.ipynb #c7
+# %% ../nbs/side/bench.ipynb #c8
 def threads() -> int:
     "Threads a measurement may use: `OT_THREADS`, or one"
     return int(os.environ.get("OT_THREADS", 1))
 
-# %% ../nbs/side/bench.ipynb #c8
+# %% ../nbs/side/bench.ipynb #c9
 def processor() -> str:
     "Model of the CPU, as the system spells it"
     info = Path("/proc/cpuinfo")
@@ -38,7 +40,7 @@ def processor() -> str:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
 
-# %% ../nbs/side/bench.ipynb #c9
+# %% ../nbs/side/bench.ipynb #c10
 def machine() -> dict:
     "What a reader must know of the machine to read its timings, and nothing that identifies it"
     gpu = torch.cuda.is_available()
@@ -47,19 +49,19 @@ def machine() -> dict:
         cpu=processor(), cores=os.cpu_count(), threads=threads(), capability=torch.backends.cpu.get_cpu_capability(),
         torch=torch.__version__, python=platform.python_version(), system=platform.system())
 
-# %% ../nbs/side/bench.ipynb #c15
+# %% ../nbs/side/bench.ipynb #c16
 def synchronize() -> None:
     "Wait for the GPU, where there is one in use"
     if torch.cuda.is_initialized(): torch.cuda.synchronize()
 
-# %% ../nbs/side/bench.ipynb #c16
+# %% ../nbs/side/bench.ipynb #c17
 class Timing(NamedTuple):
     "Median seconds of a call"
     cpu: float   # processor time, over all threads
     wall: float  # on the clock
     runs: int    # calls that were timed
 
-# %% ../nbs/side/bench.ipynb #c17
+# %% ../nbs/side/bench.ipynb #c18
 def timed(
     call: Callable[[], object],
     *,
@@ -79,14 +81,14 @@ def timed(
         wall.append(time.perf_counter() - clock)
     return Timing(median(cpu), median(wall), len(wall))
 
-# %% ../nbs/side/bench.ipynb #c24
+# %% ../nbs/side/bench.ipynb #c25
 def resident(mark: str = "VmRSS") -> float:
     "Memory this process holds (`VmRSS`), or held at its peak (`VmHWM`), in bytes; nan where the system does not say"
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith(mark)), float("nan"))
 
-# %% ../nbs/side/bench.ipynb #c25
+# %% ../nbs/side/bench.ipynb #c26
 def wipe_marks() -> None:
     "Give freed memory back to the system, and let the high-water mark start again from here"
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"): libc.malloc_trim(0)
@@ -94,7 +96,7 @@ def wipe_marks() -> None:
     if marks.exists(): marks.write_text("5")
     if torch.cuda.is_initialized(): torch.cuda.reset_peak_memory_stats()
 
-# %% ../nbs/side/bench.ipynb #c26
+# %% ../nbs/side/bench.ipynb #c27
 def extra_memory(call: Callable[[], object]) -> float:
     "Most memory in use during a call beyond what was in use before it, in bytes"
     wipe_marks()
@@ -104,27 +106,28 @@ def extra_memory(call: Callable[[], object]) -> float:
     call()
     return peak() - before
 
-# %% ../nbs/side/bench.ipynb #c31
+# %% ../nbs/side/bench.ipynb #c35
 CHILD = """
 import json, signal, sys
 from ot_research import bench
 source, name, params, path, limit = json.load(sys.stdin)
 space = dict(vars(bench))
 exec(source, space)
-signal.setitimer(signal.ITIMER_REAL, limit)
+signal.setitimer(signal.ITIMER_PROF, limit)
+signal.setitimer(signal.ITIMER_REAL, 10 * limit)
 with open(path, "a") as out:
     for row in space[name](**params):
         print(json.dumps([row, bench.resident("VmHWM")]), file=out, flush=True)
 """
 
-# %% ../nbs/side/bench.ipynb #c32
+# %% ../nbs/side/bench.ipynb #c36
 class Measured(NamedTuple):
     "What came back from a process"
     rows: list      # one dictionary for each measurement that was finished
     status: str     # "ok", or why there are no more rows
     peak: float     # most memory the whole process held up to its last row, in bytes
 
-# %% ../nbs/side/bench.ipynb #c33
+# %% ../nbs/side/bench.ipynb #c37
 def outcome(code: int, errors: str) -> str:
     "One line about how a process ended, without the paths a traceback is full of"
     if code == 0: return "ok"
@@ -132,11 +135,11 @@ def outcome(code: int, errors: str) -> str:
     last = (errors.strip().splitlines() or ["no message"])[-1]
     return " ".join(word if not word.strip("'\"(").startswith(os.sep) else "…" for word in last.split())
 
-# %% ../nbs/side/bench.ipynb #c34
+# %% ../nbs/side/bench.ipynb #c38
 def isolated(
     measure: Callable,     # a generator function of its own names, that yields dictionaries
     *helpers: Callable,    # functions it calls
-    limit: float = 60.0,   # seconds it may last, once started
+    limit: float = 60.0,   # seconds of processor time, and ten times that on the clock, once started
     **params,              # arguments of `measure`, as JSON can carry them
 ) -> Measured:
     "Run a measurement in a fresh Python, with a time limit and a fixed number of threads"
@@ -146,24 +149,25 @@ def isolated(
         job = json.dumps([source, measure.__name__, params, answers.name, limit])
         done = subprocess.run([sys.executable, "-c", CHILD], input=job, capture_output=True, text=True,
                               env=os.environ | count | dict(TQDM_DISABLE="1"))
-        status = f"stopped after {limit:g} s" if done.returncode == -signal.SIGALRM else outcome(done.returncode, done.stderr)
+        late = done.returncode in (-signal.SIGPROF, -signal.SIGALRM)
+        status = f"stopped: more than {limit:g} s" if late else outcome(done.returncode, done.stderr)
         lines = [json.loads(line) for line in answers if line.endswith("\n")]
     return Measured([row for row, _ in lines], status, max((peak for _, peak in lines), default=float("nan")))
 
-# %% ../nbs/side/bench.ipynb #c43
+# %% ../nbs/side/bench.ipynb #c47
 def private_words(text: str) -> list[str]:
     "Which names of this computer or of its folders a text contains"
-    names = {platform.node(), str(Path.home()), str(Path.cwd()), sys.prefix, tempfile.gettempdir()}
-    return sorted(name for name in names if len(name) > 3 and name in text)
+    names = {platform.node(), str(Path.home()), str(Path.cwd()), sys.prefix, tempfile.gettempdir()} - {"", os.sep}
+    return sorted(name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text))
 
-# %% ../nbs/side/bench.ipynb #c44
+# %% ../nbs/side/bench.ipynb #c48
 def rounded(value):
-    "Floats to four significant digits, all the way down: a timing has no more"
-    if isinstance(value, float): return float(f"{value:.4g}")
+    "Floats to four significant digits, all the way down: a timing has no more. JSON has no NaN: None"
+    if isinstance(value, float): return float(f"{value:.4g}") if math.isfinite(value) else None
     if isinstance(value, dict): return {name: rounded(item) for name, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/side/bench.ipynb #c45
+# %% ../nbs/side/bench.ipynb #c49
 def save(
     path: str | Path,
     results,        # anything JSON can carry
@@ -177,15 +181,22 @@ def save(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
-# %% ../nbs/side/bench.ipynb #c46
+# %% ../nbs/side/bench.ipynb #c50
 def recorded(
     path: str | Path,               # of the JSON file
     measure: Callable[[], object],  # called only when OT_BENCH asks for it
     *,
     command: str = "make bench",
 ) -> dict:
-    "Saved results; measured anew, and saved, when `OT_BENCH` is 1 or the name of the file"
+    "Saved results; measured anew, and saved, when `OT_BENCH` is 1 or names the file"
     path = Path(path)
-    if os.environ.get("OT_BENCH") in ("1", path.stem): save(path, measure(), command=command)
+    if {"1", path.stem} & set(os.environ.get("OT_BENCH", "").split(",")): save(path, measure(), command=command)
     if not path.exists(): raise FileNotFoundError(f"{path.name} was never measured; OT_BENCH=1 measures it")
     return json.loads(path.read_text(encoding="utf-8"))
+
+# %% ../nbs/side/bench.ipynb #c56
+def markdown_table(rows: list[dict]) -> str:
+    "Rows of one shape as a Markdown table"
+    show = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
+    head = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join(head + ["| " + " | ".join(map(show, row.values())) + " |" for row in rows])
