@@ -31,7 +31,7 @@ def widened(problem: Problem, reg: float, tol: float) -> tuple[Problem, str]:
     return problem.to(torch.float64), f"solved in float64: C / reg reaches {scores:.0e}, more than float32 resolves"
 
 # %% ../nbs/core/05_solvers.ipynb #c5
-def at_most(n_iter: int, iterates: Iterable[Iterate]) -> Iterable[Iterate]:
+def at_most(n_iter: int, iterates: Iterable[Iterate]) -> tqdm:
     "The first `n_iter` iterates, behind a progress bar if they take long"
     return tqdm(islice(iterates, n_iter), total=n_iter, delay=5, leave=False, desc="scaling")
 
