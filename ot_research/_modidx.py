@@ -195,7 +195,9 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ot_research.solvers.ipot': ('core/solvers.html#ipot', 'ot_research/solvers.py'),
                                      'ot_research.solvers.sinkhorn': ('core/solvers.html#sinkhorn', 'ot_research/solvers.py'),
                                      'ot_research.solvers.widened': ('core/solvers.html#widened', 'ot_research/solvers.py')},
-            'ot_research.viz': { 'ot_research.viz.look_alike': ('side/viz.html#look_alike', 'ot_research/viz.py'),
+            'ot_research.viz': { 'ot_research.viz.explore_plan': ('side/viz.html#explore_plan', 'ot_research/viz.py'),
+                                 'ot_research.viz.look_alike': ('side/viz.html#look_alike', 'ot_research/viz.py'),
+                                 'ot_research.viz.plan_explorer': ('side/viz.html#plan_explorer', 'ot_research/viz.py'),
                                  'ot_research.viz.repository_root': ('side/viz.html#repository_root', 'ot_research/viz.py'),
                                  'ot_research.viz.save_figure': ('side/viz.html#save_figure', 'ot_research/viz.py'),
                                  'ot_research.viz.show_plan': ('side/viz.html#show_plan', 'ot_research/viz.py')}}}
