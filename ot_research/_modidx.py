@@ -191,4 +191,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ot_research.viz.plan_explorer': ('side/viz.html#plan_explorer', 'ot_research/viz.py'),
                                  'ot_research.viz.repository_root': ('side/viz.html#repository_root', 'ot_research/viz.py'),
                                  'ot_research.viz.save_figure': ('side/viz.html#save_figure', 'ot_research/viz.py'),
-                                 'ot_research.viz.show_plan': ('side/viz.html#show_plan', 'ot_research/viz.py')}}}
+                                 'ot_research.viz.show_plan': ('side/viz.html#show_plan', 'ot_research/viz.py'),
+                                 'ot_research.viz.show_surplus': ('side/viz.html#show_surplus', 'ot_research/viz.py')}}}

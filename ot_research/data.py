@@ -28,18 +28,20 @@ def ipot_histograms() -> Histograms:
     return Histograms(bins, 0.5 * bump(35, 9) + 0.5 * bump(70, 9), 0.4 * bump(60, 8) + 0.6 * bump(40, 6))
 
 # %% ../nbs/side/data.ipynb #c13
-PHOTOGRAPHS = dict.fromkeys(("china", "flower"), "sklearn") | dict.fromkeys(("chelsea", "coffee", "astronaut", "rocket"), "skimage")
+PHOTOGRAPHS = {"china": "sklearn", "flower": "sklearn", "chelsea": "skimage", "coffee": "skimage",
+               "astronaut": "skimage", "rocket": "skimage"}  # name: the package that ships it
 
 # %% ../nbs/side/data.ipynb #c15
 def photograph(
     name: str,  # one of PHOTOGRAPHS
 ) -> Float[Tensor, "h w 3"]:
     "Red, green and blue of a photograph, each in [0, 1]; `ImportError` without the package that ships it"
-    if name not in PHOTOGRAPHS: raise ValueError(f"there is no photograph {name!r}; choose one of {', '.join(PHOTOGRAPHS)}")
+    if name not in PHOTOGRAPHS:
+        raise ValueError(f"there is no photograph {name!r}; choose one of {', '.join(PHOTOGRAPHS)}")
     library = PHOTOGRAPHS[name]
     try:
         if library == "sklearn": pixels = import_module("sklearn.datasets").load_sample_image(f"{name}.jpg")
         else: pixels = getattr(import_module("skimage.data"), name)()
     except ImportError as error:
-        raise ImportError(f"{name} ships with scikit-{library[2:]}: pip install 'ot_research[data]'") from error
+        raise ImportError(f"{name} is part of scikit-{library[2:]}: pip install 'ot_research[data]'") from error
     return torch.tensor(pixels, dtype=torch.float32) / 255

@@ -29,10 +29,11 @@ def channel_levels(
     name: str = "image",
 ) -> Int[Tensor, "*pixels c"]:
     "The nearest of the 256 levels of every channel; `ValueError` for colors outside of [0, 1]"
-    if image.ndim < 2 or image.numel() == 0: raise ValueError(f"{name} must be (..., channels), not {tuple(image.shape)}")
+    if image.ndim < 2 or image.numel() == 0:
+        raise ValueError(f"{name} must be (..., channels), not {tuple(image.shape)}")
     low, high = image.aminmax()
     if not (low >= 0 and high <= 1):   # NaN fails this too
-        raise ValueError(f"{name} has colors from {low:.3g} to {high:.3g}; scale them to [0, 1], e.g. divide by 255")
+        raise ValueError(f"{name} has colors from {low:.3g} to {high:.3g}; scale them to [0, 1], perhaps by 1/255")
     return (image * (LEVELS - 1)).round().long()
 
 # %% ../../nbs/apps/color_transfer.ipynb #c11
@@ -50,7 +51,7 @@ def channel_problem(
     source: Float[Tensor, "*pixels c"],  # colors in [0, 1]
     target: Float[Tensor, "*others c"],
 ) -> Problem:
-    "One transport problem a channel, between histograms; the cost is the squared difference of colors in [0, 1]"
+    "One problem a channel, between histograms; the cost is the squared difference of colors in [0, 1]"
     a, b = channel_histograms(source, "source"), channel_histograms(target, "target")
     if len(a) != len(b): raise ValueError(f"source has {len(a)} channels and target has {len(b)}")
     levels = torch.linspace(0, 1, LEVELS, dtype=a.dtype, device=a.device).expand(len(a), LEVELS).unsqueeze(-1)
@@ -74,7 +75,7 @@ def channel_transfer(
     target: Float[Tensor, "*others c"],
     solver: Solver = partial(ipot, beta=0.3, n_iter=2000),
 ) -> Float[Tensor, "*pixels c"]:
-    "The source with each channel transported onto the target's, by IPOT unless told otherwise [Xie et al. 2020]"
+    "The source, each channel transported onto the target's; by IPOT unless told otherwise [Xie et al. 2020]"
     problem = channel_problem(source, target)
     return move_channels(source, solver(problem).plan.project(problem.geometry.y).squeeze(-1))
 
