@@ -185,6 +185,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ot_research.scaling.secant': ('core/scaling.html#secant', 'ot_research/scaling.py')},
             'ot_research.solvers': { 'ot_research.solvers._at_most': ('core/solvers.html#_at_most', 'ot_research/solvers.py'),
                                      'ot_research.solvers._finished': ('core/solvers.html#_finished', 'ot_research/solvers.py'),
+                                     'ot_research.solvers._outside': ('core/solvers.html#_outside', 'ot_research/solvers.py'),
                                      'ot_research.solvers._refuse': ('core/solvers.html#_refuse', 'ot_research/solvers.py'),
                                      'ot_research.solvers._result': ('core/solvers.html#_result', 'ot_research/solvers.py'),
                                      'ot_research.solvers._row_error': ('core/solvers.html#_row_error', 'ot_research/solvers.py'),

@@ -264,7 +264,7 @@ ROUNDING = 1e-12  # of the largest cost: differences below it are arithmetic
 
 def _converged(result: "OTResult") -> Bool[Tensor, "*batch"]:
     "Whether the tolerance was reached: on the certified gap if reg is 0, else on the marginal error"
-    if result.reg > 0: return (result.marginal_error <= result.tol) & (result.eps == result.reg)
+    if result.reg > 0: return (result.marginal_error <= result.tol) & bool(result.eps == result.reg)
     bounds, problem = result.certificate(), result.problem.to(torch.float64)
     nothing = ROUNDING * problem.geometry.survey.largest * problem.mass
     return (bounds.gap <= result.tol) | (bounds.upper - bounds.lower <= nothing)

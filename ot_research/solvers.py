@@ -7,6 +7,7 @@ __all__ = ['TOL', 'EXACT_TOL', 'LOOK', 'sinkhorn', 'ipot']
 
 # %% ../nbs/core/05_solvers.ipynb #c2
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from itertools import islice
@@ -56,10 +57,17 @@ def _result(problem: Problem, now: Iterate, *, log: list, **asked) -> OTResult:
     f, g = now.phi * now.eps, now.psi * now.eps
     return OTResult(problem, f, g, now.eps, n_iter=now.t, log=tuple(log), **asked)
 
+def _outside() -> int:
+    "How many calls up the first one is that is neither ours nor PyTorch's: the line a warning should name"
+    frame, depth = sys._getframe(1), 1
+    while frame.f_globals["__name__"].partition(".")[0] in ("ot_research", "torch"):
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
 def _finished(result: OTResult, tol: float | None) -> OTResult:
     "The result, with one warning if it was to reach a tolerance and did not"
     if tol and result.problem.check and not result.converged.all():
-        warnings.warn(result.status, ConvergenceWarning, stacklevel=4)
+        warnings.warn(result.status, ConvergenceWarning, stacklevel=_outside())
     return result
 
 def _at_most(n_iter: int, iterates: Iterator[Iterate]) -> tqdm:
