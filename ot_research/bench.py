@@ -113,8 +113,7 @@ from ot_research import bench
 source, name, params, path, limit = json.load(sys.stdin)
 space = dict(vars(bench))
 exec(source, space)
-signal.setitimer(signal.ITIMER_PROF, limit)
-signal.setitimer(signal.ITIMER_REAL, 10 * limit)
+signal.setitimer(signal.ITIMER_REAL, limit)
 with open(path, "a") as out:
     for row in space[name](**params):
         print(json.dumps([row, bench.resident("VmHWM")]), file=out, flush=True)
@@ -139,7 +138,7 @@ def outcome(code: int, errors: str) -> str:
 def isolated(
     measure: Callable,     # a generator function of its own names, that yields dictionaries
     *helpers: Callable,    # functions it calls
-    limit: float = 60.0,   # seconds of processor time, and ten times that on the clock, once started
+    limit: float = 60.0,   # seconds it may last on the clock, once started
     **params,              # arguments of `measure`, as JSON can carry them
 ) -> Measured:
     "Run a measurement in a fresh Python, with a time limit and a fixed number of threads"
@@ -149,8 +148,8 @@ def isolated(
         job = json.dumps([source, measure.__name__, params, answers.name, limit])
         done = subprocess.run([sys.executable, "-c", CHILD], input=job, capture_output=True, text=True,
                               env=os.environ | count | dict(TQDM_DISABLE="1"))
-        late = done.returncode in (-signal.SIGPROF, -signal.SIGALRM)
-        status = f"stopped: more than {limit:g} s" if late else outcome(done.returncode, done.stderr)
+        late = done.returncode == -signal.SIGALRM
+        status = f"stopped after {limit:g} s" if late else outcome(done.returncode, done.stderr)
         lines = [json.loads(line) for line in answers if line.endswith("\n")]
     return Measured([row for row, _ in lines], status, max((peak for _, peak in lines), default=float("nan")))
 

@@ -66,11 +66,11 @@ def test_helpers_and_threads_reach_the_child(monkeypatch):
 
 def test_a_rival_out_of_time_keeps_what_it_finished():
     run = bench.isolated(counting, upto=2, pause=60, limit=0.2)
-    assert (run.rows, run.status) == ([dict(k=0)], "stopped: more than 0.2 s")
+    assert (run.rows, run.status) == ([dict(k=0)], "stopped after 0.2 s")
 
 
 def test_the_limit_holds_inside_compiled_code():
-    assert bench.isolated(spins, limit=0.3).status == "stopped: more than 0.3 s"
+    assert bench.isolated(spins, limit=0.3).status == "stopped after 0.3 s"
 
 
 def test_a_rival_that_is_not_installed_says_so():
