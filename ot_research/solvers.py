@@ -40,7 +40,8 @@ def _widened(problem: Problem, reg: float, tol: float) -> tuple[Problem, str]:
     largest = problem.geometry.survey.largest.max().item()
     reach = largest / reg
     if reach * torch.finfo(torch.float64).eps > 1e-3:
-        raise ValueError(f"a strength of {reg:.1e} is lost in the rounding of costs up to {largest:.1e}")
+        raise ValueError(f"a strength of {reg:.1e} is lost in the rounding of costs up to {largest:.1e}: "
+                         "raise it, or ask a door for reg=0")
     enough = (10 + reach) * torch.finfo(problem.dtype).eps <= tol
     if problem.dtype == torch.float64 or enough: return problem, ""
     return problem.to(torch.float64), f"solved in float64: C / reg reaches {reach:.0e}, too much for float32"

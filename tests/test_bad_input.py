@@ -240,7 +240,7 @@ def test_reg_is_one_number_that_is_not_negative(door, batch, reg):
 @both_doors
 @pytest.mark.parametrize("reg", [1e-20, 1e-300, 5e-324])
 def test_a_reg_below_the_last_digit_of_the_cost_is_refused(door, reg):
-    refused(door, ValueError, re.escape(f"reg={reg:.1e}"), "reg=0 is exact", **problem(), reg=reg)
+    refused(door, ValueError, re.escape(f"a strength of {reg:.1e} is lost"), "reg=0", **problem(), reg=reg)
 
 
 @both_doors
