@@ -58,6 +58,11 @@ def _result(problem: Problem, now: Iterate, *, log: list, **asked) -> OTResult:
     f, g = now.phi * now.eps, now.psi * now.eps
     return OTResult(problem, f, g, now.eps, n_iter=now.t, log=tuple(log), **asked)
 
+def _at_most(n_iter: int, iterates: Iterator[Iterate]) -> tqdm:
+    "The first `n_iter` iterates, behind a progress bar if they take long"
+    return tqdm(islice(iterates, n_iter), total=n_iter, delay=5, leave=False, desc="scaling")
+
+# %% ../nbs/core/05_solvers.ipynb #c19
 def _outside() -> int:
     "How many calls up the first one is that is neither ours nor PyTorch's: the line a warning should name"
     frame, depth = sys._getframe(1), 1
@@ -71,11 +76,7 @@ def _finished(result: OTResult, tol: float | None) -> OTResult:
         warnings.warn(result.status, ConvergenceWarning, stacklevel=_outside())
     return result
 
-def _at_most(n_iter: int, iterates: Iterator[Iterate]) -> tqdm:
-    "The first `n_iter` iterates, behind a progress bar if they take long"
-    return tqdm(islice(iterates, n_iter), total=n_iter, delay=5, leave=False, desc="scaling")
-
-# %% ../nbs/core/05_solvers.ipynb #c20
+# %% ../nbs/core/05_solvers.ipynb #c22
 @torch.no_grad()
 def sinkhorn(
     problem: Problem,
@@ -99,7 +100,7 @@ def sinkhorn(
         last = now
     return _finished(_result(problem, now, reg=reg, tol=tol, log=log, note=note), tol)
 
-# %% ../nbs/core/05_solvers.ipynb #c41
+# %% ../nbs/core/05_solvers.ipynb #c43
 @torch.no_grad()
 def ipot(
     problem: Problem,

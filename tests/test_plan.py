@@ -110,7 +110,8 @@ def test_an_unrounded_price_can_lie_below_the_optimum():
 
 
 def test_an_infinite_upper_bound_has_an_infinite_gap():
-    assert Certificate(torch.tensor([0.5, 1.0]), torch.tensor([math.inf, 1.0])).gap.tolist() == [math.inf, 0.0]
+    lower, upper = torch.tensor([0.5, 1.0]), torch.tensor([math.inf, 1.0])
+    assert Certificate(lower, upper).gap.tolist() == [math.inf, 0.0]
 
 
 def test_the_certificate_of_a_batch_is_that_of_its_members():
@@ -150,9 +151,9 @@ def test_a_plan_does_what_its_matrix_does(seed, batch, dense, eps, dtype):
 
 
 def test_absent_mass_is_absent_to_the_last_bit():
-    a, b = torch.rand(20, dtype=F64), torch.rand(15, dtype=F64)
+    x, y, a, b = torch.rand(20, 2), torch.rand(15, 2), torch.rand(20, dtype=F64), torch.rand(15, dtype=F64)
     a[::3], b[::4] = 0, 0
-    problem = Problem(PointCloud(torch.rand(20, 2, dtype=F64), torch.rand(15, 2, dtype=F64)), a / a.sum(), b / b.sum())
+    problem = Problem(PointCloud(x, y), a / a.sum(), b / b.sum())
     for result in (sinkhorn(problem, reg=0.01), ipot(problem, beta=0.05)):
         P, one = result.plan.dense(), torch.eye(15, dtype=F64)
         assert (P[::3] == 0).all() and (P[:, ::4] == 0).all()
@@ -204,19 +205,18 @@ def test_potentials_of_massless_points_are_soft_c_transforms():
 
 
 def test_marginal_error_is_relative_to_the_mass():
-    C = torch.rand(8, 6, dtype=F64)
-    one, ten = (sinkhorn(Problem(DenseCost(C), torch.full((8,), k / 8, dtype=F64), torch.full((6,), k / 6, dtype=F64)),
-                         reg=0.05, tol=0.0, max_iter=5) for k in (1, 10))
+    cost, a, b = DenseCost(torch.rand(8, 6)), torch.ones(8, dtype=F64) / 8, torch.ones(6, dtype=F64) / 6
+    one, ten = (sinkhorn(Problem(cost, k * a, k * b), reg=0.05, tol=0.0, max_iter=5) for k in (1, 10))
     close(one.marginal_error, ten.marginal_error, 1e-14)
     close(one.marginal_error, (one.plan.row - 1 / 8).abs().sum() + (one.plan.col - 1 / 6).abs().sum(), 1e-14)
 
 
 def test_results_have_the_type_and_shape_of_the_input():
-    C = torch.rand(2, 3, 8, 6)
-    for result in (sinkhorn(Problem(DenseCost(C)), reg=1e-4, tol=0.0, max_iter=9), ipot(Problem(DenseCost(C)), beta=0.1)):
+    problem = Problem(DenseCost(torch.rand(2, 3, 8, 6)))
+    for result in (sinkhorn(problem, reg=1e-4, tol=0.0, max_iter=9), ipot(problem, beta=0.1)):
         assert "float64" in result.note and result.f.dtype == F64
-        given = (result.value, result.value_linear, result.marginal_error, *result.potentials, *result.marginals)
-        assert {t.dtype for t in (*given, result.plan.dense(), result.plan.cost())} == {torch.float32}
+        given = (result.value, result.value_linear, result.marginal_error, result.plan.dense())
+        assert {t.dtype for t in (*given, *result.potentials, *result.marginals)} == {torch.float32}
         assert result.value.shape == result.converged.shape == result.certificate().gap.shape == (2, 3)
 
 
@@ -263,7 +263,7 @@ def test_forbidden_pairs_are_refused_just_when_no_plan_avoids_them(seed, share):
     draw = torch.Generator().manual_seed(seed)
     C = torch.zeros(6, 5, dtype=F64).masked_fill(torch.rand(6, 5, generator=draw) < share, math.inf)
     a, b = (torch.rand(k, generator=draw, dtype=F64).softmax(-1) for k in (6, 5))
-    strands = ot.emd2(a.numpy(), b.numpy(), C.isinf().double().numpy()) > 1e-6  # mass that must use a forbidden pair
-    if strands:
+    stranded = ot.emd2(a.numpy(), b.numpy(), C.isinf().double().numpy())
+    if stranded > 1e-6:
         with pytest.raises(ValueError, match="infeasible"): Problem(DenseCost(C), a, b)
     else: Problem(DenseCost(C), a, b)
