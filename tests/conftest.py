@@ -1,7 +1,8 @@
 "Shapes are checked, threads are one, seeds are fixed"
 from jaxtyping import install_import_hook
 
-install_import_hook("ot_research", "beartype.beartype")  # before anything imports the package
+CHECK = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"  # an int is a float too
+install_import_hook("ot_research", CHECK)  # before anything imports the package
 
 import hypothesis
 import jaxtyping

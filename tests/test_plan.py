@@ -17,7 +17,7 @@ F64 = torch.float64
 as_installed = pytest.mark.usefixtures("as_installed")
 
 
-def close(a, b, tol): torch.testing.assert_close(a, b, atol=tol, rtol=0.0)
+def close(a, b, tol): torch.testing.assert_close(a, b, atol=tol, rtol=0)
 
 
 def random_problem(seed: int, cost=None) -> Problem:
@@ -36,7 +36,7 @@ def random_result(seed: int) -> OTResult:
     problem = random_problem(seed)
     mean = problem.geometry.cost_rows(slice(None)).mean().item()
     if seed % 4 == 0: return ipot(problem, beta=0.03 * mean, n_iter=10 + seed // 4)
-    return sinkhorn(problem, reg=10.0 ** -(seed % 4) * mean, tol=0.0, max_iter=1 + seed % 64)
+    return sinkhorn(problem, reg=10.0 ** -(seed % 4) * mean, tol=0, max_iter=1 + seed % 64)
 
 
 def linear_program(problem: Problem) -> float:
@@ -61,7 +61,7 @@ def test_the_linear_program_lies_inside_the_certificate_of_200_problems():
 def test_costs_of_both_signs_are_bounded_too():
     for seed in range(20):
         problem = random_problem(seed, lambda n, m, draw: torch.randn(n, m, generator=draw, dtype=F64))
-        found = sinkhorn(problem, reg=0.1, tol=0.0, max_iter=20).certificate()
+        found = sinkhorn(problem, reg=0.1, tol=0, max_iter=20).certificate()
         assert found.lower - 1e-12 <= linear_program(problem) <= found.upper + 1e-12
 
 
@@ -105,7 +105,7 @@ def test_one_more_c_transform_never_lowers_the_lower_bound():
 
 def test_an_unrounded_price_can_lie_below_the_optimum():
     x, y = torch.rand(30, 2, dtype=F64), torch.rand(20, 2, dtype=F64) + 0.5
-    early = sinkhorn(Problem(PointCloud(x, y)), reg=1e-3, tol=0.0, max_iter=3)
+    early = sinkhorn(Problem(PointCloud(x, y)), reg=1e-3, tol=0, max_iter=3)
     assert early.value_linear < early.certificate().lower < early.certificate().upper
 
 
@@ -206,14 +206,14 @@ def test_potentials_of_massless_points_are_soft_c_transforms():
 
 def test_marginal_error_is_relative_to_the_mass():
     cost, a, b = DenseCost(torch.rand(8, 6)), torch.ones(8, dtype=F64) / 8, torch.ones(6, dtype=F64) / 6
-    one, ten = (sinkhorn(Problem(cost, k * a, k * b), reg=0.05, tol=0.0, max_iter=5) for k in (1, 10))
+    one, ten = (sinkhorn(Problem(cost, k * a, k * b), reg=0.05, tol=0, max_iter=5) for k in (1, 10))
     close(one.marginal_error, ten.marginal_error, 1e-14)
     close(one.marginal_error, (one.plan.row - 1 / 8).abs().sum() + (one.plan.col - 1 / 6).abs().sum(), 1e-14)
 
 
 def test_results_have_the_type_and_shape_of_the_input():
     problem = Problem(DenseCost(torch.rand(2, 3, 8, 6)))
-    for result in (sinkhorn(problem, reg=1e-4, tol=0.0, max_iter=9), ipot(problem, beta=0.1)):
+    for result in (sinkhorn(problem, reg=1e-4, tol=0, max_iter=9), ipot(problem, beta=0.1)):
         assert "float64" in result.note and result.f.dtype == F64
         given = (result.value, result.value_linear, result.marginal_error, result.plan.dense())
         assert {t.dtype for t in (*given, *result.potentials, *result.marginals)} == {torch.float32}
@@ -222,7 +222,7 @@ def test_results_have_the_type_and_shape_of_the_input():
 
 def test_a_result_at_another_strength_is_not_converged():
     problem = random_problem(4)
-    early = sinkhorn(problem, reg=1e-3, schedule=annealed(1e-3, start=1.0), tol=0.0, max_iter=10)
+    early = sinkhorn(problem, reg=1e-3, schedule=annealed(1e-3, start=1.0), tol=0, max_iter=10)
     early = replace(early, tol=10.0)
     assert early.eps > early.reg and early.marginal_error <= early.tol and not early.converged
     assert "only came down to" in early.status

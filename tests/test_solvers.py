@@ -23,7 +23,7 @@ SOLVERS = [
 both = pytest.mark.parametrize("solve", SOLVERS)
 
 
-def close(a, b, tol=1e-9): torch.testing.assert_close(a, b, atol=tol, rtol=0.0)
+def close(a, b, tol=1e-9): torch.testing.assert_close(a, b, atol=tol, rtol=0)
 
 
 def clouds(seed: int, n: int = 9, m: int = 7, d: int = 2):
@@ -319,7 +319,7 @@ def test_the_error_in_the_log_is_that_of_the_iterate_before():
     problem = Problem(PointCloud(x, y), a, b)
     log = sinkhorn(problem, reg=0.02, max_iter=5000).log
     for t, eps, error in log[::20]:
-        before = sinkhorn(problem, reg=eps, tol=0.0, max_iter=t - 1)
+        before = sinkhorn(problem, reg=eps, tol=0, max_iter=t - 1)
         assert abs(before.marginal_error - error) < 1e-14
     assert all(now <= before * (1 + 1e-9) for (*_, before), (*_, now) in zip(log, log[1:]))
 
