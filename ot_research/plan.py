@@ -174,7 +174,7 @@ class Plan:
         return _means(self, y)[0].to(self.dtype)
     dense, cost, weighted = _dense, _cost, _weighted
 
-# %% ../nbs/core/02_plan.ipynb #c60
+# %% ../nbs/core/02_plan.ipynb #c61
 @dataclass(frozen=True)
 class Certificate:
     "Proven bounds on the exact transport cost: `lower <= W <= upper`"
@@ -187,7 +187,7 @@ class Certificate:
         width = (self.upper - self.lower) / self.upper.abs().clamp(min=torch.finfo(self.upper.dtype).tiny)
         return torch.where(self.upper < torch.inf, width, torch.inf)
 
-# %% ../nbs/core/02_plan.ipynb #c62
+# %% ../nbs/core/02_plan.ipynb #c63
 def dual_bound(problem: Problem, g: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch"]:
     "Dual value of `g` once two hard c-transforms have made it feasible: a lower bound on the transport cost"
     if_mass = lambda w, t, otherwise: torch.where(w > 0, t, otherwise)
@@ -196,7 +196,7 @@ def dual_bound(problem: Problem, g: Float[Tensor, "*batch m"]) -> Float[Tensor, 
     g = problem.geometry.T.hardmin(if_mass(problem.a, f, -torch.inf))
     return sum((w * if_mass(w, t, 0)).sum(-1) for w, t in ((problem.a, f), (problem.b, g)))
 
-# %% ../nbs/core/02_plan.ipynb #c64
+# %% ../nbs/core/02_plan.ipynb #c65
 def rounded_cost(problem: Problem, plan: Plan, slack: float | Tensor = 0) -> Float[Tensor, "*batch"]:
     "Price of the plan rounded to the marginals [Altschuler et al. 2017, Alg. 2]: an upper bound on the cost"
     shrink = lambda w, log_w, total: torch.where(w > 0, log_w + (w / total).log().clamp(max=0), -torch.inf)
@@ -208,7 +208,7 @@ def rounded_cost(problem: Problem, plan: Plan, slack: float | Tensor = 0) -> Flo
     price = torch.where(r > 0, problem.geometry.matvec(share), 0)
     return plan.cost() + (r * price).sum(-1)
 
-# %% ../nbs/core/02_plan.ipynb #c79
+# %% ../nbs/core/02_plan.ipynb #c86
 def _wide(result: "OTResult") -> tuple[Problem, Plan]:
     "The problem and the plan in the type the potentials were found in, which may be wider than the input's"
     p = result.problem.to(result.f.dtype)
@@ -223,14 +223,14 @@ def _marginals(result: "OTResult") -> tuple[Float[Tensor, "*batch n"], Float[Ten
     "Row and column sums of the plan"
     return result.plan.row, result.plan.col
 
-# %% ../nbs/core/02_plan.ipynb #c81
+# %% ../nbs/core/02_plan.ipynb #c88
 def _marginal_error(result: "OTResult") -> Float[Tensor, "*batch"]:
     "`(|P1 - a|_1 + |P'1 - b|_1) / mass`"
     p, plan = result._wide
     off = (plan.row - p.a).abs().sum(-1) + (plan.col - p.b).abs().sum(-1)
     return (off / p.mass).to(result.problem.dtype)
 
-# %% ../nbs/core/02_plan.ipynb #c83
+# %% ../nbs/core/02_plan.ipynb #c90
 def _potentials(result: "OTResult") -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch m"]]:
     "Dual potentials, balanced so that `<a, f> = <b, g>`"
     p, _ = result._wide
@@ -238,7 +238,7 @@ def _potentials(result: "OTResult") -> tuple[Float[Tensor, "*batch n"], Float[Te
     shift = apart / (2 * p.mass.unsqueeze(-1))
     return (result.f + shift).to(result.problem.dtype), (result.g - shift).to(result.problem.dtype)
 
-# %% ../nbs/core/02_plan.ipynb #c85
+# %% ../nbs/core/02_plan.ipynb #c92
 def _certificate(result: "OTResult") -> Certificate:
     "Both bounds, worked out in float64 whatever the input, with room for what rounding may hide"
     p, plan = replace(result, f=result.f.double(), g=result.g.double())._wide
@@ -247,7 +247,7 @@ def _certificate(result: "OTResult") -> Certificate:
     lower, upper = dual_bound(p, result.g.double()), rounded_cost(p, plan, slack.unsqueeze(-1))
     return Certificate(lower - 8 * digit * p.mass, upper + digit / plan.eps * upper.abs())
 
-# %% ../nbs/core/02_plan.ipynb #c87
+# %% ../nbs/core/02_plan.ipynb #c94
 def _value(result: "OTResult") -> Float[Tensor, "*batch"]:
     "Dual value of the potentials; for exact transport, the cost of the rounded plan"
     if result.reg == 0: return result.certificate().upper.to(result.problem.dtype)
@@ -259,7 +259,7 @@ def _value_linear(result: "OTResult") -> Float[Tensor, "*batch"]:
     "`<P, C>`; for exact transport, the cost of the rounded plan"
     return result.value if result.reg == 0 else result.plan.cost()
 
-# %% ../nbs/core/02_plan.ipynb #c89
+# %% ../nbs/core/02_plan.ipynb #c96
 ROUNDING = 1e-12  # of the largest cost: differences below it are arithmetic
 
 def _converged(result: "OTResult") -> Bool[Tensor, "*batch"]:
@@ -269,7 +269,7 @@ def _converged(result: "OTResult") -> Bool[Tensor, "*batch"]:
     nothing = ROUNDING * problem.geometry.survey.largest * problem.mass
     return (bounds.gap <= result.tol) | (bounds.upper - bounds.lower <= nothing)
 
-# %% ../nbs/core/02_plan.ipynb #c91
+# %% ../nbs/core/02_plan.ipynb #c98
 class ConvergenceWarning(UserWarning):
     "A solver stopped before its tolerance; the result says how far it got"
 
@@ -284,7 +284,7 @@ def _status(result: "OTResult") -> str:
     if exact and error.isinf().any(): says.append("the upper bound is inf: rounding used forbidden pairs")
     return "; ".join([*says, *filter(None, [result.note])])
 
-# %% ../nbs/core/02_plan.ipynb #c92
+# %% ../nbs/core/02_plan.ipynb #c99
 @dataclass(frozen=True)
 class OTResult:
     "What a solver gives back: two potentials, and all that follows from them"

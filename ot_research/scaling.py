@@ -28,14 +28,14 @@ def half_step(
     nothing = psi.unsqueeze(-1)[..., :0]
     return -geometry.attend(log_weight + psi, eps, nothing)[1].clamp(min=FLOOR)
 
-# %% ../nbs/core/03_scaling.ipynb #c13
+# %% ../nbs/core/03_scaling.ipynb #c14
 Schedule = Callable[[int], float]  # iteration t = 1, 2, ... -> its strength eps, in units of the cost
 
 def constant(eps: float) -> Schedule:
     "The same strength at every iteration: Sinkhorn's algorithm"
     return lambda t: eps
 
-# %% ../nbs/core/03_scaling.ipynb #c15
+# %% ../nbs/core/03_scaling.ipynb #c16
 def annealed(
     eps: float,           # where it ends and stays
     *,
@@ -45,14 +45,14 @@ def annealed(
     "From `start` down to `eps`, by a factor `decay` an iteration [Schmitzer 2019]"
     return lambda t: max(eps, start * decay ** (t - 1))
 
-# %% ../nbs/core/03_scaling.ipynb #c17
+# %% ../nbs/core/03_scaling.ipynb #c18
 def harmonic(
     beta: float,  # proximal step, in units of the cost
 ) -> Schedule:
     "`beta / t`, the strength at which the t-th proximal point of step `beta` is entropic"
     return lambda t: beta / t
 
-# %% ../nbs/core/03_scaling.ipynb #c21
+# %% ../nbs/core/03_scaling.ipynb #c22
 class Iterate(NamedTuple):
     "Potentials over the strength they were found at: `P = a e^phi e^(-C/eps) e^psi b`, columns exact"
     t: int
@@ -60,18 +60,18 @@ class Iterate(NamedTuple):
     phi: Float[Tensor, "*batch n"] | None  # None before the first half-step
     psi: Float[Tensor, "*batch m"]
 
-# %% ../nbs/core/03_scaling.ipynb #c23
+# %% ../nbs/core/03_scaling.ipynb #c24
 def proportional(last: Iterate, before: Iterate, eps: float) -> Float[Tensor, "*batch m"]:
     "Keep the potential `eps * psi`"
     return last.psi * (last.eps / eps)
 
-# %% ../nbs/core/03_scaling.ipynb #c25
+# %% ../nbs/core/03_scaling.ipynb #c26
 def secant(last: Iterate, before: Iterate, eps: float) -> Float[Tensor, "*batch m"]:
     "Follow the line through the last two iterates, along 1 / eps"
     ahead, behind = 1 / eps - 1 / last.eps, 1 / last.eps - 1 / before.eps
     return last.psi + (last.psi - before.psi) * (ahead / behind)
 
-# %% ../nbs/core/03_scaling.ipynb #c28
+# %% ../nbs/core/03_scaling.ipynb #c29
 def scale(
     problem: Problem,
     schedule: Schedule,

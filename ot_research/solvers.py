@@ -100,7 +100,7 @@ def sinkhorn(
         last = now
     return _finished(_result(problem, now, reg=reg, tol=tol, log=log, note=note), tol)
 
-# %% ../nbs/core/05_solvers.ipynb #c43
+# %% ../nbs/core/05_solvers.ipynb #c46
 @torch.no_grad()
 def ipot(
     problem: Problem,
