@@ -127,6 +127,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ot_research.kernels.bilinear_scores': ('core/kernels.html#bilinear_scores', 'ot_research/kernels.py'),
                                      'ot_research.kernels.max_blocks': ('core/kernels.html#max_blocks', 'ot_research/kernels.py'),
                                      'ot_research.kernels.nothing_seen': ('core/kernels.html#nothing_seen', 'ot_research/kernels.py'),
+                                     'ot_research.kernels.padded_width': ('core/kernels.html#padded_width', 'ot_research/kernels.py'),
                                      'ot_research.kernels.row_blocks': ('core/kernels.html#row_blocks', 'ot_research/kernels.py'),
                                      'ot_research.kernels.score_blocks': ('core/kernels.html#score_blocks', 'ot_research/kernels.py'),
                                      'ot_research.kernels.softmax_blocks': ('core/kernels.html#softmax_blocks', 'ot_research/kernels.py')},
