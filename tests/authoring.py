@@ -105,7 +105,9 @@ def docs():
     for path in proc.rglob("*.ipynb"):
         nb = page(json.loads(path.read_text(encoding="utf-8")))
         if path == proc / "index.ipynb":
-            nb["cells"].append(markdown(contents([f"{name}/index" for name in folders], ":hidden:")))
+            alone = sorted({p.stem for p in proc.glob("*.ipynb")} - {"index"})
+            pages = [f"{name}/index" for name in folders] + alone
+            nb["cells"].append(markdown(contents(pages, ":hidden:")))
         path.write_text(nb2str(nb), encoding="utf-8")
     (proc / "conf.py").write_text(CONF, encoding="utf-8")
 
