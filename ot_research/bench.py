@@ -162,8 +162,8 @@ def private_words(text: str) -> list[str]:
 
 # %% ../nbs/side/bench.ipynb #c48
 def _rounded(value):
-    "Floats to four significant digits, all the way down: a timing has no more. JSON has no NaN: None"
-    if isinstance(value, float): return float(f"{value:.4g}") if math.isfinite(value) else None
+    "Floats to ten significant digits, all the way down; JSON has no NaN: None"
+    if isinstance(value, float): return float(f"{value:.10g}") if math.isfinite(value) else None
     if isinstance(value, dict): return {name: _rounded(item) for name, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 

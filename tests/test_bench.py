@@ -86,7 +86,7 @@ def test_the_end_of_a_process_is_told_without_paths():
 def test_results_come_back_with_their_origin(tmp_path, monkeypatch):
     path = tmp_path / "some.json"
     monkeypatch.setenv("OT_BENCH", "some")
-    assert bench.recorded(path, lambda: [dict(t=0.123456, error=float("nan"))])["results"] == [dict(t=0.1235, error=None)]
+    assert bench.recorded(path, lambda: [dict(t=1 / 3, error=float("nan"))])["results"] == [dict(t=0.3333333333, error=None)]
     monkeypatch.setenv("OT_BENCH", "another")
     saved = bench.recorded(path, never)
     assert list(saved) == ["machine", "date", "command", "results"] and saved["command"] == "make bench"
