@@ -52,6 +52,9 @@ def _started(
 # %% ../nbs/core/06_doors.ipynb #c14
 def _stake(problem: Problem) -> float:
     "What the best plan can save, at most, on a unit of mass of the independent plan; in units of the cost"
+    if not problem.balanced:
+        a, b = (w / w.sum(-1, keepdim=True) for w in (problem.a, problem.b))
+        problem = Problem(problem.geometry, a, b, check=False)
     independent = (problem.a * problem.geometry.matvec(problem.b)).sum(-1) / problem.mass
     saving = ((independent - dual_bound(problem, torch.zeros_like(problem.b))) / problem.mass).max().item()
     largest = problem.geometry.survey.largest.max().item() or 1.0
@@ -66,7 +69,8 @@ def transport(
     a: Float[Tensor, "*#batch n"] | None,
     b: Float[Tensor, "*#batch m"] | None,
     *,
-    reg: SupportsFloat, tol: SupportsFloat | None, max_iter: int | None, init: tuple | None, check: bool,
+    reg: SupportsFloat, rho: SupportsFloat | tuple | None, mass: Tensor | SupportsFloat | None,
+    tol: SupportsFloat | None, max_iter: int | None, init: tuple | None, check: bool,
 ) -> OTResult:
     "The one policy behind both doors: which solver runs, and with which settings"
     reg = _number("reg", reg, "in units of the cost (0 asks for exact transport)")
@@ -75,7 +79,7 @@ def transport(
         raise ValueError(f"max_iter must be a whole number >= 1, not {max_iter!r}")
     if reg == 0 and init is not None:
         raise ValueError("exact transport (reg=0) starts from nothing: leave init out")
-    problem = Problem(geometry, a, b, check=check)
+    problem = Problem(geometry, a, b, rho=rho, mass=mass, check=check)
     stake = _stake(problem)
     if reg == 0:
         tol = EXACT_TOL if tol is None else tol
@@ -88,31 +92,36 @@ def transport(
 def solve(
     C: Float[Tensor, "*#batch n m"],              # costs, in any unit; inf forbids a pair
     a: Float[Tensor, "*#batch n"] | None = None,  # source weights, uniform when left out
-    b: Float[Tensor, "*#batch m"] | None = None,  # target weights, of the same mass
+    b: Float[Tensor, "*#batch m"] | None = None,  # target weights; of the same mass if all of it must move
     *,
     reg: SupportsFloat,                # strength of the entropy, in units of the cost; 0 is exact transport
+    rho: SupportsFloat | tuple | None = None,    # price of missing a marginal, in units of the cost; a pair
+    mass: Tensor | SupportsFloat | None = None,  # partial transport: how much to move
     tol: SupportsFloat | None = None,  # marginal error (1e-6; float32 1e-4); for reg=0 certified gap (1e-4)
     max_iter: int | None = None,       # 5000; for reg=0 10000
     init: tuple[Tensor, Tensor] | None = None,  # potentials of an earlier result
     check: bool = True,                # False skips the validation of the input
 ) -> OTResult:
     "Optimal transport for a cost matrix"
-    return transport(DenseCost(C), a, b, reg=reg, tol=tol, max_iter=max_iter, init=init, check=check)
+    policy = dict(reg=reg, rho=rho, mass=mass, tol=tol, max_iter=max_iter, init=init, check=check)
+    return transport(DenseCost(C), a, b, **policy)
 
 # %% ../nbs/core/06_doors.ipynb #c23
 def solve_sample(
     x: Float[Tensor, "*#batch n d"],              # source points
     y: Float[Tensor, "*#batch m d"],              # target points
     a: Float[Tensor, "*#batch n"] | None = None,  # source weights, uniform when left out
-    b: Float[Tensor, "*#batch m"] | None = None,  # target weights, of the same mass
+    b: Float[Tensor, "*#batch m"] | None = None,  # target weights; of the same mass if all of it must move
     *,
     cost: str | Callable = "sqeuclidean",  # no ½; or "euclidean", "cosine", or (x[rows], y) -> costs
     reg: SupportsFloat,                    # as in `solve`, like all that follows
+    rho: SupportsFloat | tuple | None = None,
+    mass: Tensor | SupportsFloat | None = None,
     tol: SupportsFloat | None = None,
     max_iter: int | None = None,
     init: tuple[Tensor, Tensor] | None = None,
     check: bool = True,
 ) -> OTResult:
     "Optimal transport between two point clouds, in memory that grows with the points and not with the pairs"
-    clouds = PointCloud(x, y, cost)
-    return transport(clouds, a, b, reg=reg, tol=tol, max_iter=max_iter, init=init, check=check)
+    policy = dict(reg=reg, rho=rho, mass=mass, tol=tol, max_iter=max_iter, init=init, check=check)
+    return transport(PointCloud(x, y, cost), a, b, **policy)

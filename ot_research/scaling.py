@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .kernels import FLOOR
+from .marginals import settled
 from .plan import Problem
 
 # %% ../nbs/core/03_scaling.ipynb #c7
@@ -59,6 +60,7 @@ class Iterate(NamedTuple):
     eps: float
     phi: Float[Tensor, "*batch n"] | None  # None before the first half-step
     psi: Float[Tensor, "*batch m"]
+    free: Float[Tensor, "*batch n"] | None = None  # the phi that would have left no mass of a row behind
 
 # %% ../nbs/core/03_scaling.ipynb #c24
 def proportional(last: Iterate, before: Iterate, eps: float) -> Float[Tensor, "*batch m"]:
@@ -83,12 +85,13 @@ def scale(
 ) -> Iterator[Iterate]:
     "The one loop: scale rows and columns in turn while the strength follows a schedule"
     rows, cols = problem.geometry, problem.geometry.T
-    log_a, log_b = problem.a.log(), problem.b.log()
+    log_a, log_b, (row, col) = problem.a.log(), problem.b.log(), problem.sides
     for t in count(1):
         eps = schedule(t)
         psi = predict(last, before, eps)
         for _ in range(inner):
-            phi = half_step(rows, log_b, psi, eps)
-            psi = half_step(cols, log_a, phi, eps)
-        before, last = last, Iterate(t, eps, phi, psi)
+            free = half_step(rows, log_b, psi, eps)
+            phi, psi = settled(row, col, free, psi, eps)
+            psi, phi = settled(col, row, half_step(cols, log_a, phi, eps), phi, eps)
+        before, last = last, Iterate(t, eps, phi, psi, free)
         yield last

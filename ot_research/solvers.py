@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .plan import ConvergenceWarning, OTResult, Problem
+from .plan import ConvergenceWarning, OTResult, Problem, require_balanced
 from .scaling import Iterate, Schedule, constant, harmonic, scale, secant
 
 # %% ../nbs/core/05_solvers.ipynb #c8
@@ -38,7 +38,7 @@ def _widened(problem: Problem, reg: float, tol: float) -> tuple[Problem, str]:
     "The problem in float64 where float32 cannot resolve `C / reg` to the tolerance, and a note that says so"
     if not problem.check: return problem, ""
     largest = problem.geometry.survey.largest.max().item()
-    reach = largest / reg
+    reach = largest / min(reg, *problem.rho)
     if reach * torch.finfo(torch.float64).eps > 1e-3:
         raise ValueError(f"a strength of {reg:.1e} is lost in the rounding of costs up to {largest:.1e}: "
                          "raise it, or ask a door for reg=0")
@@ -49,8 +49,10 @@ def _widened(problem: Problem, reg: float, tol: float) -> tuple[Problem, str]:
 # %% ../nbs/core/05_solvers.ipynb #c14
 def _row_error(problem: Problem, last: Iterate, now: Iterate) -> Float[Tensor, "*batch"]:
     "Marginal error of `last`, whose rows the half-step to `now` has just seen; both at one strength"
-    off = torch.where(problem.a > 0, torch.expm1(last.phi - now.phi).abs(), 0)
-    return (problem.a * off).sum(-1) / problem.mass
+    share = problem.sides[0].share(last.phi, now.free, now.eps)
+    due = torch.where(problem.a > 0, problem.a * share.exp(), 0)
+    off = torch.where(due > 0, torch.expm1(last.phi - now.free - share).abs(), 0)
+    return (due * off).sum(-1) / due.sum(-1).clamp(min=torch.finfo(due.dtype).tiny)
 
 # %% ../nbs/core/05_solvers.ipynb #c17
 def _result(problem: Problem, now: Iterate, *, log: list, **asked) -> OTResult:
@@ -112,6 +114,7 @@ def ipot(
 ) -> OTResult:
     "Exact transport by inexact proximal points, in two vectors [Xie et al. 2020, Alg. 1]"
     _refuse(beta=beta, n_iter=n_iter, inner=inner)
+    require_balanced(problem, "ipot, exact transport,")
     work, note = _widened(problem, beta / n_iter, TOL[problem.dtype])
     asked, log = dict(reg=0.0, tol=tol or EXACT_TOL, note=note), []
     psi = torch.where(work.b > 0, -work.b.log(), 0)

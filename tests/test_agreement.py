@@ -133,6 +133,75 @@ def test_geomloss(blur):
     assert_close(solve_sample(x, y, a, b, reg=2 * blur**2).value, 2 * loss(a, x, b, y), rtol=1e-3, atol=0)
 
 
+# --- Mass that stays behind ---
+
+@pytest.mark.parametrize("reg", [0.1, 0.02])
+@pytest.mark.parametrize("rho", [0.05, 1.0, 50.0, (0.3, math.inf), (0.1, 2.0)], ids=str)
+def test_pot_sinkhorn_unbalanced(reg, rho):
+    "Its reg_m is rho, with inf for a marginal that is exact"
+    x, y, a, b, C = clouds()
+    b = 1.5 * b
+    peer = ot.unbalanced.sinkhorn_unbalanced(a, b, C, reg, rho, stopThr=1e-15, numItermax=200_000)
+    given = dict(reg=reg, rho=rho, tol=1e-11, max_iter=20_000)
+    for ours in (solve(C, a, b, **given), solve_sample(x, y, a, b, **given)):
+        assert_close(ours.plan.dense(), peer, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("rho", [0.1, 2.0])
+def test_pot_solve_unbalanced(rho):
+    "Its plan and cost; its `value` is left out, which is the last error of its loop in version 0.9.7"
+    x, y, a, b, C = clouds()
+    peer = ot.solve(C, a, 1.5 * b, reg=0.1, reg_type="KL", unbalanced=rho, unbalanced_type="KL",
+                    method="sinkhorn", max_iter=100_000, tol=1e-14)
+    ours = solve(C, a, 1.5 * b, reg=0.1, rho=rho, tol=1e-11)
+    assert_close(ours.plan.dense(), peer.plan, rtol=1e-6, atol=1e-10)
+    assert_close(ours.value_linear, peer.value_linear, rtol=1e-7, atol=0)
+
+
+def test_pot_documentation_of_unbalanced_transport():
+    half, swap = torch.tensor([0.5, 0.5], dtype=F64), 1 - torch.eye(2, dtype=F64)
+    printed = torch.tensor([[0.3220536, 0.1184769], [0.1184769, 0.3220536]], dtype=F64)
+    assert_close(solve(swap, half, half, reg=1, rho=1, tol=1e-12).plan.dense(), printed, rtol=0, atol=6e-8)
+    light = torch.tensor([0.5, 0.1], dtype=F64)
+    cost = solve(swap, light, half, reg=1, rho=1, tol=1e-12).value_linear
+    assert_close(cost.item(), 0.19600125, rtol=0, atol=1e-6)
+
+
+SLOWLY = dict(scaling=0.9999, backend="tensorized")
+
+@pytest.mark.parametrize("p, blur, reach", [(2, 0.1, 0.3), (2, 0.05, 0.5), (2, 0.2, 1.0), (1, 0.1, 0.5)])
+def test_geomloss_reach(p, blur, reach):
+    "For p=2 its cost is |x - y|^2 / 2, so everything is twice its own; it starts near its end, to stay there"
+    x, y, a, b, _ = clouds()
+    unit, cost = (2, "sqeuclidean") if p == 2 else (1, "euclidean")
+    loss = SamplesLoss("sinkhorn", p=p, blur=blur, reach=reach, debias=False, **SLOWLY, diameter=1.05 * blur)
+    strengths = dict(reg=unit * blur**p, rho=unit * reach**p)
+    ours = solve_sample(x, y, a, b, cost=cost, **strengths, tol=1e-10, max_iter=20_000)
+    assert_close(ours.value, unit * loss(a, x, b, y), rtol=0, atol=1e-6)
+
+
+def test_geomloss_value_of_masses_other_than_one():
+    "It leaves out reg (|a| |b| - (|a| + |b|) / 2)"
+    x, y, a, b, _ = clouds()
+    a, b = 2 * a, 0.5 * b
+    loss = SamplesLoss("sinkhorn", p=2, blur=0.2, reach=0.5, debias=False, **SLOWLY, diameter=0.21)
+    ours = solve_sample(x, y, a, b, reg=0.08, rho=0.5, tol=1e-10)
+    assert_close(ours.value - 0.08 * (1.0 - 1.25), 2 * loss(a, x, b, y), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("reg", [1.0, 0.1, 0.02])
+@pytest.mark.parametrize("mass", [0.1, 0.5, 0.9])
+def test_pot_entropic_partial(reg, mass):
+    "Its entropy is measured from the uniform plan: reg log(a b') on the cost makes up for it"
+    x, y, a, b, C = clouds()
+    b = 1.5 * b
+    uniform = C + reg * (a[:, None] * b).log()
+    arrays = (t.numpy() for t in (a, b, C))
+    peer = torch.as_tensor(ot.partial.entropic_partial_wasserstein(
+        *arrays, reg, m=mass, numItermax=20_000, stopThr=1e-15))
+    assert_close(solve(uniform, a, b, reg=reg, mass=mass, tol=1e-11).plan.dense(), peer, rtol=1e-6, atol=1e-9)
+
+
 # --- A closed form ---
 
 @pytest.mark.parametrize("reg, cost", [(0.1, 4.13490), (0.5, 4.31386), (1.0, 4.5)])

@@ -64,7 +64,7 @@ def test_weights_carry_one_mass(door, batch):
     p = problem(*batch)
     double = p["b"].clone()
     double.view(-1, M)[-1] *= 2
-    refused(door, ValueError, "masses, 1 and 2", "normalize", **p | {"b": double})
+    refused(door, ValueError, "masses, 1 and 2", "normalize", "rho or mass", **p | {"b": double})
 
 
 @both_doors
@@ -257,6 +257,68 @@ def test_tol_is_one_number_that_is_not_negative(door, reg, tol):
 def test_max_iter_counts(door, reg, max_iter):
     words = "^max_iter must be a whole number >= 1", re.escape(f"not {max_iter!r}")
     refused(door, ValueError, *words, **problem(), reg=reg, max_iter=max_iter)
+
+
+# --- Mass that stays behind ---
+
+@both_doors
+@batches
+@pytest.mark.parametrize(
+    "rho", [0, -0.1, nan, True, 1j, "1", torch.ones(3), (1, 2, 3), (), (1, 0), (-1, None), (nan, 1)], ids=str)
+def test_rho_is_a_price_or_a_pair_of_them(door, batch, rho):
+    words = "^rho must be a number > 0 in units of the cost, or a pair"
+    refused(door, ValueError, words, **problem(*batch), rho=rho)
+
+
+@both_doors
+@batches
+@pytest.mark.parametrize("mass, word", [
+    (0, "not 0"), (-0.5, "not -0.5"), (nan, "not nan"), (inf, "not inf"), (1.01, "not 1.01"),
+    (True, "not True"), ("all", "not 'all'"), (1j, "not 1j"), (torch.tensor(1), None),
+    (torch.ones(7), "not tensor"), (torch.ones(1, dtype=torch.int64), "not tensor"),
+], ids=str)
+def test_mass_is_an_amount_that_either_side_has(door, batch, mass, word):
+    p = problem(*batch)
+    if word is None: assert door(**p, reg=0.1, mass=mass).converged.all()  # all of it, as a whole number
+    else: refused(door, ValueError, "^mass must be", re.escape(word), **p, mass=mass)
+
+
+@both_doors
+@pytest.mark.parametrize("batch", [(3,), (2, 3)], ids=["batch", "batches"])
+def test_one_budget_too_large_is_found_in_a_batch(door, batch):
+    mass = torch.full(batch, 0.5, dtype=torch.float64)
+    refused(door, ValueError, "at most 1, the mass of the lighter side, not 1.5", **problem(*batch),
+            mass=spoiled(mass, 1.5))
+
+
+@both_doors
+@batches
+def test_rho_or_mass_not_both_and_not_without_entropy(door, batch):
+    p = problem(*batch)
+    refused(door, ValueError, "give one", **p, rho=1.0, mass=0.5)
+    for way in (dict(rho=1.0), dict(rho=(None, 1.0)), dict(mass=0.5)):
+        refused(door, NotImplementedError, "moves all the mass", "reg > 0", **p, **way, reg=0)
+
+
+@both_doors
+@batches
+@pytest.mark.parametrize("way", [dict(rho=1.0), dict(mass=0.5)], ids=str)
+def test_what_is_wrong_with_weights_is_wrong_all_the_same(door, batch, way):
+    p = problem(*batch)
+    refused(door, ValueError, "^b has 1 negative", **p | {"b": spoiled(p["b"], -1)}, **way)
+    refused(door, ValueError, "^a has 1 weights that are NaN", **p | {"a": spoiled(p["a"], nan)}, **way)
+
+
+@both_doors
+@pytest.mark.parametrize("name", ["rho", "mass"])
+def test_a_gradient_in_rho_or_mass_would_be_lost(door, name):
+    value = torch.tensor(0.5, requires_grad=True)
+    refused(door, NotImplementedError, f"^derivatives in {name}", "detach", **problem(), **{name: value})
+
+
+@both_doors
+def test_a_price_below_the_last_digit_of_the_cost_is_refused(door):
+    refused(door, ValueError, "is lost in the rounding", **problem(), rho=1e-20)
 
 
 # --- Starting from earlier potentials ---

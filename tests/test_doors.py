@@ -18,7 +18,7 @@ from ot_research.solvers import sinkhorn
 
 N, M, D = 6, 5, 2
 pytestmark = pytest.mark.usefixtures("as_installed")
-POLICY = ["reg", "tol", "max_iter", "init", "check"]
+POLICY = ["reg", "rho", "mass", "tol", "max_iter", "init", "check"]
 
 
 def squares(x, y): return (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)

@@ -117,6 +117,15 @@ def test_the_loop(fake, loop):
     fake.check(n=[last.phi], m=[last.psi])
 
 
+@pytest.mark.parametrize("way", [dict(rho=0.5), dict(rho=(None, 0.5)), dict(mass=0.5)], ids=str)
+def test_mass_may_stay_behind(fake, way):
+    p = fake.problem
+    problem = Problem(p.geometry, p.a, p.b, **way, check=False)
+    result = sinkhorn(problem, reg=0.1, tol=0.0, max_iter=3)
+    fake.check(n=[result.f, result.plan.row], m=[result.g, result.plan.col])
+    fake.check(one=[result.value, result.marginal_error, dual_bound(problem, fake.tensor(M))])
+
+
 def test_solvers(fake):
     entropic = sinkhorn(fake.problem, reg=0.1, tol=0.0, max_iter=5)
     exact = ipot(fake.problem, beta=0.1, n_iter=5)
