@@ -28,7 +28,7 @@ def plan_at(
     if not isinstance(cloud, PointCloud):
         raise TypeError("a matrix of costs says nothing about new points: use solve_sample")
     _, g = replace(result, problem=exact).potentials
-    new = Problem(PointCloud(x, cloud.y, cloud.cost).to(g.dtype), b=exact.b / exact.mass.unsqueeze(-1))
+    new = Problem(PointCloud(x, cloud.y, cloud.cost).to(g.dtype), b=exact.b / exact.b.sum(-1, keepdim=True))
     log_v = exact.b.log() + g / result.eps
     log_u = half_step(new.geometry, exact.b.log(), g / result.eps, result.eps)
     return Plan(new.geometry, log_u, log_v, result.eps, result.problem.dtype)
@@ -36,7 +36,10 @@ def plan_at(
 # %% ../nbs/core/14_extension.ipynb #c13
 def potential_at(result: OTResult, x: Float[Tensor, "*#batch k d"]) -> Float[Tensor, "*batch k"]:
     "The source potential at any points, in units of the cost: the soft c-transform of the target potential"
-    return result.eps * plan_at(result, x).log_u.to(result.problem.dtype)
+    f, p, ours = result.eps * plan_at(result, x).log_u, result.problem, result.potentials[0]
+    if p.partial: f = torch.minimum(f, ours.masked_fill(p.a == 0, -torch.inf).amax(-1, keepdim=True))
+    else: f = p.sides[0].answer(f, result.eps)
+    return f.to(p.dtype)
 
 def map_at(result: OTResult, x: Float[Tensor, "*#batch k d"]) -> Float[Tensor, "*batch k d"]:
     "The barycentric map at any points: the mean of where each goes"
@@ -46,7 +49,8 @@ def map_at(result: OTResult, x: Float[Tensor, "*#batch k d"]) -> Float[Tensor, "
 def turned(result: OTResult) -> OTResult:
     "The same transport, from the targets to the sources"
     p = result.problem
-    return replace(result, problem=Problem(p.geometry.T, p.b, p.a, check=False), f=result.g, g=result.f)
+    back = Problem(p.geometry.T, p.b, p.a, rho=p.rho[::-1], mass=p.mass if p.partial else None, check=False)
+    return replace(result, problem=back, f=result.g, g=result.f)
 
 # %% ../nbs/core/14_extension.ipynb #c27
 def held_out_bound(
