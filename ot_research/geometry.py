@@ -33,6 +33,9 @@ class Geometry(Protocol):
     def hardmin(self, g): ...                 # min_j C_ij - g_j
     def matvec(self, w): ...                  # sum_j C_ij w_j
     def cost_rows(self, rows): ...            # C[rows, :]
+    def cost_at(self, i, j): ...              # C[i, j], pair by pair; no batch
+    def part(self, rows, cols): ...           # the same cost between some of the points
+    def __getitem__(self, index): ...         # one problem of the batch
 
 # %% ../nbs/core/01_geometry.ipynb #c9
 class Flaw(NamedTuple):
@@ -65,6 +68,7 @@ class ByRows(NamedTuple):
     cost_rows: Callable[[slice], Tensor]  # rows -> C[rows, :]
     shape: torch.Size                     # (*batch, n, m)
     device: torch.device
+    row = 0.0                             # all of the cost is in the scores
     def attend(self, log_v, eps, value): return attend_blocks(self.scores(log_v, eps), self.shape, value)
     def hardmin(self, g): return -max_blocks(self.scores(g, 1.0), self.shape, g)
     def scores(self, bias, eps) -> Scores:
@@ -82,6 +86,9 @@ class ByRows(NamedTuple):
         for rows, block in score_blocks(terms, self.shape, w):
             sums[..., rows] = block.where(w != 0, 0).sum(-1)
         return sums
+    def cost_at(self, i, j):
+        blocks = row_blocks((len(i), self.shape[-1]), self.device)
+        return torch.cat([self.cost_rows(i[k]).gather(-1, j[k].unsqueeze(-1)) for k in blocks]).squeeze(-1)
     def survey(self):
         largest, forbids = [], []
         for rows in row_blocks(self.shape, self.device):
@@ -92,8 +99,9 @@ class ByRows(NamedTuple):
 
 # %% ../nbs/core/01_geometry.ipynb #c21
 def asks_its_form(cls: type) -> type:
-    "Give a class the questions of `Geometry`, each handed on to its `form`"
-    for name in ("attend", "mean_cost", "hardmin", "matvec", "cost_rows"):
+    "Give a class the questions of `Geometry` that it does not answer itself, each handed on to its `form`"
+    questions = {"attend", "mean_cost", "hardmin", "matvec", "cost_rows", "cost_at"}
+    for name in questions - vars(cls).keys():
         setattr(cls, name, lambda self, *args, name=name: getattr(self.form, name)(*args))
     return cls
 
@@ -117,6 +125,9 @@ class DenseCost:
     def to(self, dtype): return self if dtype == self.dtype else DenseCost(self.C.to(dtype))
     def expand(self, batch):
         return self if batch == self.shape[:-2] else DenseCost(self.C.expand(*batch, *self.shape[-2:]))
+    def part(self, rows, cols): return DenseCost(self.C[..., rows, :][..., cols])
+    def __getitem__(self, index): return DenseCost(self.C[index])
+    def cost_at(self, i, j): return self.C[i, j]
     @cached_property
     def form(self):
         C = self.C  # a function that held self would keep the matrix alive
@@ -156,8 +167,9 @@ class Factored(NamedTuple):
         mean, lse = attend(self.query / eps, self.key, log_v - self.col / eps, value)
         return mean, lse - self.row / eps
     def hardmin(self, g):
-        scores = bilinear_scores(self.query, self.key, g - self.col)
-        return self.row - max_blocks(scores, (*self.row.shape, self.col.shape[-1]), g)
+        return self.row - max_blocks(self.scores(g, 1.0), (*self.row.shape, self.col.shape[-1]), g)
+    def scores(self, bias, eps) -> Scores:
+        return bilinear_scores(self.query / eps, self.key, bias - self.col / eps)
     def mean_cost(self, log_v, eps):
         mean, _ = self.attend(log_v, eps, torch.cat([self.key, self.col.unsqueeze(-1)], -1))
         return self.row + mean[..., -1] - (self.query * mean[..., :-1]).sum(-1)
@@ -166,6 +178,8 @@ class Factored(NamedTuple):
         return self.row * w.sum(-1, keepdim=True) + (self.col * w).sum(-1, keepdim=True) - cross.squeeze(-1)
     def cost_rows(self, rows):
         return self.row[..., rows, None] + self.col[..., None, :] - self.query[..., rows, :] @ self.key.mT
+    def cost_at(self, i, j):
+        return self.row[i] + self.col[j] - (self.query[i] * self.key[j]).sum(-1)
     def survey(self):
         query, key = (t.norm(dim=-1).amax(-1) for t in (self.query, self.key))
         largest = self.row.amax(-1) + self.col.amax(-1) + query * key
@@ -256,6 +270,9 @@ class PointCloud:
     def expand(self, batch):
         same = batch == self.shape[:-2]
         return self if same else PointCloud(self.x.expand(*batch, *self.x.shape[-2:]), self.y, self.cost)
+    def part(self, rows, cols):
+        return PointCloud(self.x[..., rows, :], self.y[..., cols, :], self.cost)
+    def __getitem__(self, index): return PointCloud(self.x[index], self.y[index], self.cost)
     @cached_property
     def form(self): return cloud_form(self.cost, self.x, self.y)
     @cached_property
