@@ -13,6 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from ot_research.batches import Kernels, factored, kernel, scaled, soft_minimum, system
+from ot_research.dual import hill, walk
 from ot_research.geometry import DenseCost, PointCloud
 from ot_research.plan import Plan, Problem, dual_bound, rounded_cost
 from ot_research.scaling import Iterate, annealed, constant, half_step, harmonic, proportional, scale, secant
@@ -133,6 +135,24 @@ def test_solvers(fake):
         f, g = result.potentials
         fake.check(n=[result.f, result.plan.row, f], m=[result.g, result.plan.col, g])
     fake.check(one=[entropic.value, entropic.value_linear, entropic.marginal_error])
+
+
+def test_a_walk(fake):
+    fake.check(**dict(zip("nm", ([t] for t in walk(fake.problem, fake.tensor(M), 0.1)))))
+    look = hill(fake.problem, 0.1).look(fake.tensor(M))
+    fake.check(m=[look.z, look.slope], one=[look.height, look.error])
+
+
+def test_a_dense_newton_step(fake):
+    cost, a, b = (t.reshape(-1, *shape) for t, shape in (
+        (fake.problem.geometry.cost_rows(slice(None)), (N, M)), (fake.problem.a, (N,)), (fake.problem.b, (M,))))
+    eps = torch.full_like(a[:, 0], 0.1)
+    f, K = kernel(cost, b.log(), b, eps)
+    kernels = Kernels(a, b, K, K.mT.contiguous())
+    at = scaled(kernels, b)
+    x = factored(kernels, system(kernels, at), b, torch.float32)
+    rows, columns = (f, at.u, soft_minimum(cost, b.log(), b, eps)), (at.col, x)
+    fake.check(n=[t.reshape(*fake.batch, N) for t in rows], m=[t.reshape(*fake.batch, M) for t in columns])
 
 
 def test_the_mode_would_notice(fake):
