@@ -6,7 +6,7 @@ import pytest
 from runner import ROOT
 
 PACKAGE = ROOT / "ot_research"
-LAYERS = [["kernels"], ["geometry"], ["marginals"], ["plan"], ["scaling", "oracles"], ["solvers"],
+LAYERS = [["kernels"], ["geometry"], ["marginals"], ["plan"], ["scaling", "oracles", "implicit"], ["solvers"],
           ["dual", "batches"], ["doors"], ["extension", "conversion"], ["apps"]]
 SIDE = ["data", "viz", "bench"]  # may import anything, and nothing above may import them
 RANK = {name: rank for rank, names in enumerate([*LAYERS, SIDE]) for name in names}
