@@ -32,7 +32,7 @@ class _Solved(torch.autograd.Function):
 
 # %% ../nbs/core/21_loss.ipynb #c8
 def solve_attached(
-    geometry: Geometry,                           # PointCloud(x, y) or DenseCost(C), of inputs that may require a gradient
+    geometry: Geometry,                           # PointCloud(x, y) or DenseCost(C), with or without gradient
     a: Float[Tensor, "*#batch n"] | None = None,  # source weights, uniform when left out
     b: Float[Tensor, "*#batch m"] | None = None,  # target weights, of the same mass
     *,
@@ -47,7 +47,8 @@ def solve_attached(
     b = (ones / m).expand(m) if b is None else b
     names = [part.name for part in fields(geometry) if isinstance(getattr(geometry, part.name), Tensor)]
     strength = float(reg.detach()) if isinstance(reg, Tensor) else reg
-    if strength == 0: raise ValueError("reg=0 asks for a linear program, whose plan has no derivative: use reg > 0")
+    if strength == 0:
+        raise ValueError("reg=0 asks for a linear program, whose plan has no derivative: use reg > 0")
     policy = dict(tol=tol, max_iter=max_iter, rho=None, mass=None, init=None, check=True)
     def potentials(*tensors):
         *parts, a, b = (t.detach() for t in tensors)
