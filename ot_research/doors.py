@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .geometry import DenseCost, Geometry, PointCloud, float_tensors
 from .plan import OTResult, Problem, dual_bound
-from .scaling import annealed, constant
+from .scaling import annealed, constant, over_relaxed
 from .solvers import EXACT_TOL, ipot, sinkhorn
 
 # %% ../nbs/core/06_doors.ipynb #c7
@@ -86,7 +86,8 @@ def transport(
         return ipot(problem, beta=PROXIMAL_STEP * stake, n_iter=max_iter or 10_000, tol=tol)
     init = init if init is None else _started(init, problem)
     schedule = annealed(reg, start=stake) if init is None else constant(reg)
-    return sinkhorn(problem, reg=reg, tol=tol, max_iter=max_iter or 5000, schedule=schedule, init=init)
+    return sinkhorn(problem, reg=reg, tol=tol, max_iter=max_iter or 5000, schedule=schedule,
+                    predict=over_relaxed(), init=init)
 
 # %% ../nbs/core/06_doors.ipynb #c22
 def solve(

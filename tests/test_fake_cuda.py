@@ -17,7 +17,8 @@ from ot_research.batches import Kernels, factored, kernel, scaled, soft_minimum,
 from ot_research.dual import hill, walk
 from ot_research.geometry import DenseCost, PointCloud
 from ot_research.plan import Plan, Problem, dual_bound, rounded_cost
-from ot_research.scaling import Iterate, annealed, constant, half_step, harmonic, proportional, scale, secant
+from ot_research.scaling import (
+    Iterate, annealed, constant, half_step, harmonic, over_relaxed, proportional, scale, secant)
 from ot_research.solvers import ipot, sinkhorn
 
 N, M, D, K = 6, 5, 3, 2
@@ -109,14 +110,14 @@ def test_certificate(fake):
     fake.check(one=[dual_bound(fake.problem, fake.tensor(M)), rounded_cost(fake.problem, fake.plan)])
 
 
-@pytest.mark.parametrize("loop", ["sinkhorn", "annealed", "ipot"])
+@pytest.mark.parametrize("loop", ["sinkhorn", "overshooting", "annealed", "ipot"])
 def test_the_loop(fake, loop):
     psi = fake.tensor(M)
     start = dict(before=Iterate(-1, -1.0, None, psi), last=Iterate(0, torch.inf, None, psi))
-    step = dict(sinkhorn=(constant(0.1), proportional), annealed=(annealed(0.1, start=1.0), proportional),
+    step = dict(sinkhorn=(constant(0.1), proportional), overshooting=(constant(0.1), over_relaxed(3)), annealed=(annealed(0.1, start=1.0), proportional),
                 ipot=(harmonic(1.0), secant))[loop]
-    *_, last = islice(scale(fake.problem, *step, inner=2, **start), 3)
-    fake.check(n=[last.phi], m=[last.psi])
+    *_, last = islice(scale(fake.problem, *step, inner=2, **start), 6)
+    fake.check(n=[last.phi], m=[last.psi, last.start], one=[last.error])
 
 
 @pytest.mark.parametrize("way", [dict(rho=0.5), dict(rho=(None, 0.5)), dict(mass=0.5)], ids=str)

@@ -1,5 +1,6 @@
 "What must hold wherever mass may stay behind, at a price or within a budget"
 import math
+from dataclasses import replace
 
 import ot
 import pytest
@@ -11,8 +12,9 @@ from torch.testing import assert_close
 from ot_research import solve, solve_sample
 from ot_research.extension import map_at, potential_at, turned
 from ot_research.geometry import DenseCost, PointCloud
-from ot_research.marginals import Capped, Held
+from ot_research.marginals import Capped, Held, settled
 from ot_research.plan import ConvergenceWarning, Problem
+from ot_research.scaling import half_step, over_relaxed
 from ot_research.solvers import ipot, sinkhorn
 
 F64 = torch.float64
@@ -250,15 +252,28 @@ def test_too_few_iterations_say_so(way):
     assert not result.converged and result.value.isfinite() and result.plan.dense().isfinite().all()
 
 
-def test_the_log_holds_the_true_error():
+def test_the_log_holds_the_true_error_in_the_middle_of_an_iteration():
     x, y, a, b = problem(12)
     for way in WAYS:
         p = Problem(PointCloud(x, y), a, b, **way)
         result = sinkhorn(p, reg=0.05, tol=1e-9)
-        t, eps, error = result.log[len(result.log) // 2]
-        seen = sinkhorn(p, reg=0.05, tol=0, max_iter=t - 1)
-        assert_close(error, seen.marginal_error.item(), rtol=1e-6, atol=1e-14)
+        t, eps, error = result.log[-1]
+        psi = sinkhorn(p, reg=eps, tol=0, max_iter=t - 1).g / eps if t > 1 else torch.zeros_like(b)
+        phi, psi = settled(*p.sides, half_step(p.geometry, p.b.log(), psi, eps), psi, eps)
+        middle = replace(result, f=eps * phi, g=eps * psi)
+        assert_close(error, middle.marginal_error.item(), rtol=1e-6, atol=1e-14)
         assert result.marginal_error <= 1e-9
+
+
+@ways
+@pytest.mark.parametrize("reg", [0.1, 0.01, 0.001])
+def test_overshooting_changes_the_iterations_and_not_the_answer(way, reg):
+    x, y, a, b = problem(12)
+    p = Problem(PointCloud(x, y), a, b, **way)
+    plain = sinkhorn(p, reg=reg, tol=1e-11, max_iter=100_000)
+    fast = sinkhorn(p, reg=reg, tol=1e-11, predict=over_relaxed())
+    assert fast.converged and fast.n_iter <= plain.n_iter
+    assert_close(fast.plan.dense(), plain.plan.dense(), rtol=0, atol=1e-8)
 
 
 @ways

@@ -1,6 +1,7 @@
 "What every solver must give, and what an answer may not depend on"
 import math
 import warnings
+from dataclasses import replace
 
 import geomloss
 import ot
@@ -8,14 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import hard_problems
 
 from ot_research.geometry import DenseCost, PointCloud
 from ot_research.plan import ConvergenceWarning, Plan, Problem
-from ot_research.scaling import Iterate, annealed, constant, scale
+from ot_research.scaling import (
+    Iterate, annealed, constant, half_step, learned, over_relaxed, proportional, scale)
 from ot_research.solvers import ipot, sinkhorn
 
 F64 = torch.float64
 SEEDS = st.integers(0, 10**6)
+HARD = hard_problems(40)
 pytestmark = pytest.mark.usefixtures("as_installed")
 SOLVERS = [
     pytest.param(lambda problem, scale=1.0: sinkhorn(problem, reg=0.1 * scale, tol=1e-10), id="sinkhorn"),
@@ -314,14 +318,50 @@ def test_solved_to_the_end_a_proximal_point_is_sinkhorns_plan():
 
 # --- When it stops, and what it says ---
 
-def test_the_error_in_the_log_is_that_of_the_iterate_before():
+def test_the_error_in_the_log_is_that_of_the_plan_halfway():
     x, y, a, b = clouds(2, 30, 20)
     problem = Problem(PointCloud(x, y), a, b)
     log = sinkhorn(problem, reg=0.02, max_iter=5000).log
-    for t, eps, error in log[::20]:
+    for t, eps, error in log[1::20]:
         before = sinkhorn(problem, reg=eps, tol=0, max_iter=t - 1)
-        assert abs(before.marginal_error - error) < 1e-14
+        middle = replace(before, f=eps * half_step(problem.geometry, b.log(), before.g / eps, eps))
+        assert abs(middle.marginal_error - error) < 1e-14
+        assert sinkhorn(problem, reg=eps, tol=0, max_iter=t).marginal_error <= error + 1e-14
     assert all(now <= before * (1 + 1e-9) for (*_, before), (*_, now) in zip(log, log[1:]))
+
+
+# --- Overshooting ---
+
+@pytest.mark.parametrize("name", HARD)
+def test_overshooting_is_never_slower_on_hard_problems(name):
+    problem = HARD[name]
+    cost = problem.geometry.cost_rows(slice(None))
+    cost = cost[cost.isfinite()]
+    unit = (cost.mean() - cost.min()).item() or 1.0
+    for strength in (1.0, 0.1, 0.01):
+        settings = dict(reg=strength * unit, schedule=annealed(strength * unit, start=unit), max_iter=3000)
+        (plain, _), (fast, _) = (quiet(sinkhorn, problem, predict=predict, **settings)
+                                 for predict in (proportional, over_relaxed()))
+        assert fast.converged and fast.n_iter <= plain.n_iter
+        assert not plain.converged or abs(fast.value - plain.value) < 1e-5 * unit * problem.mass
+
+
+def test_each_problem_of_a_batch_learns_its_own_factor():
+    x, y, a, b = clouds(4, 30, 20)
+    scales = torch.tensor([1.0, 3.0, 10.0], dtype=F64)[:, None, None]
+    batch = Problem(PointCloud(scales * x, scales * y), a, b)
+    together = sinkhorn(batch, reg=0.3, tol=1e-10, predict=over_relaxed())
+    alone = [sinkhorn(Problem(PointCloud(s * x, s * y), a, b), reg=0.3, tol=1e-10, predict=over_relaxed())
+             for s in scales[:, 0, 0]]
+    assert together.n_iter == max(one.n_iter for one in alone)
+    close(together.value, torch.stack([one.value for one in alone]), 1e-8)
+
+
+def test_a_factor_that_makes_errors_grow_is_dropped():
+    omega = torch.tensor([1.0, 1.5, 1.5, 1.5], dtype=F64)
+    found = learned(omega, torch.tensor([0.99, 0.5, 0.9, 1.1], dtype=F64))
+    close(found[[1, 3]], torch.tensor([1.5, 1.0], dtype=F64))
+    assert abs(found[0] - 2 / (1 + 0.1)) < 1e-12 and found[2] > 1.5
 
 
 def test_an_annealed_run_ends_where_a_constant_one_does():
@@ -336,7 +376,7 @@ def test_an_earlier_answer_is_a_good_beginning():
     x, y, a, b = clouds(2, 30, 20)
     problem = Problem(PointCloud(x, y), a, b)
     first = sinkhorn(problem, reg=0.02)
-    assert sinkhorn(problem, reg=0.02, init=first.potentials).n_iter == 2
+    assert sinkhorn(problem, reg=0.02, init=first.potentials).n_iter == 1
     assert sinkhorn(problem, reg=0.018, init=first.potentials).n_iter < sinkhorn(problem, reg=0.018).n_iter
 
 
