@@ -50,7 +50,8 @@ def turned(result: OTResult) -> OTResult:
     "The same transport, from the targets to the sources"
     p = result.problem
     back = Problem(p.geometry.T, p.b, p.a, rho=p.rho[::-1], mass=p.mass if p.partial else None, check=False)
-    return replace(result, problem=back, f=result.g, g=result.f)
+    proof = result.proof and replace(result.proof, plan=result.proof.plan.T)
+    return replace(result, problem=back, f=result.g, g=result.f, proof=proof)
 
 # %% ../nbs/core/14_extension.ipynb #c27
 def held_out_bound(
