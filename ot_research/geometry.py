@@ -188,7 +188,7 @@ class Factored(NamedTuple):
 # %% ../nbs/core/01_geometry.ipynb #c37
 def center(x: Float[Tensor, "*batch n d"], y: Float[Tensor, "*batch m d"]) -> tuple[Tensor, Tensor]:
     "Both clouds about a common origin"
-    origin = (x.mean(-2, keepdim=True) + y.mean(-2, keepdim=True)) / 2
+    origin = (x.mean(-2, keepdim=True) + y.mean(-2, keepdim=True)).detach() / 2  # no distance depends on it
     return x - origin, y - origin
 
 # %% ../nbs/core/01_geometry.ipynb #c38

@@ -84,7 +84,7 @@ def transport_cost(
     max_iter: int | None = None,
 ) -> Float[Tensor, "*batch"]:
     "`<P, C>` of the entropic plan [Qiu et al. 2022]"
-    return solve_attached(geometry, a, b, reg=reg, tol=tol, max_iter=max_iter).cost
+    return solve_attached(geometry, a, b, reg=reg, tol=tol, max_iter=max_iter).plan.cost()
 
 # %% ../nbs/core/21_loss.ipynb #c21
 def sinkhorn_divergence(

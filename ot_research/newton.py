@@ -103,7 +103,7 @@ _FAILURES = 2                         # to find a direction within them, before 
 
 # %% ../nbs/core/07_newton.ipynb #c24
 def direction(
-    kernel: Stored,
+    kernel,  # that multiplies: `Stored`, or a stream
     a: Float[Tensor, "n"],
     b: Float[Tensor, "m"],
     at: Scaled,
