@@ -309,7 +309,7 @@ def batch_sinkhorn(
     *,
     reg: float,                # entropic strength, in units of the cost
     tol: float | None = None,  # marginal error, relative to the mass; 1e-6 in float64, 1e-4 in float32
-    max_iter: int = 200,       # Newton steps of any one problem
+    max_iter: int = 200,       # Newton steps of a problem, after which no round begins
     init: tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch m"]] | None = None,  # earlier potentials
 ) -> OTResult:
     "Entropic transport for many small problems at once by Newton's method; each stops when it has converged"

@@ -93,7 +93,7 @@ def reach_of(
     share = lambda k, of: math.ceil(min(1, k / min(geometry.shape)) * of)
     least = slack.kthvalue(share(_LEAST, slack.shape[1]), 1).values.quantile(0.9).item()
     enough = slack.flatten().kthvalue(share(most, slack.numel())).values.item() if most < ALL else ALL
-    reach = min(5 - math.log(tol), enough)
+    reach = min(5 - math.log(max(tol, 1e-16)), enough)
     return max(reach, least), (slack < reach).double().mean().item()
 
 # %% ../nbs/core/08_candidates.ipynb #c30

@@ -54,8 +54,8 @@ def _started(
     return f, g
 
 # %% ../nbs/core/06_doors.ipynb #c14
-_TOGETHER = 256**2  # pairs of a member up to which a batch is solved together
-_DRAWN = 500        # points that stand for a cloud
+_SMALL = 2**17  # pairs of a problem
+_DRAWN = 500    # points that stand for a cloud
 
 # %% ../nbs/core/06_doors.ipynb #c15
 def _kept(problem: Problem, reg: float) -> bool:
@@ -82,8 +82,8 @@ def _stake(problem: Problem) -> float:
 # %% ../nbs/core/06_doors.ipynb #c25
 def _entropic(problem: Problem, reg: float, **asked) -> OTResult:
     "Entropic transport, by the solver that suits the problem"
-    *batch, n, m = problem.geometry.shape
-    if problem.balanced and batch and n * m <= _TOGETHER: return batch_sinkhorn(problem, reg=reg, **asked)
+    small = problem.geometry.shape[-2:].numel() <= _SMALL
+    if problem.balanced and small: return batch_sinkhorn(problem, reg=reg, **asked)
     if problem.balanced and _kept(problem, reg): return newton_sinkhorn(problem, reg=reg, **asked)
     schedule = constant(reg) if "init" in asked else annealed(reg, start=_stake(problem))
     return sinkhorn(problem, reg=reg, schedule=schedule, predict=over_relaxed(), **asked)

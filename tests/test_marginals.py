@@ -185,7 +185,6 @@ def test_all_of_it_or_at_any_price_is_balanced_transport(seed, reg):
         result = solve_sample(x, y, a, b, **way, **given)
         assert_close(result.plan.dense(), balanced.plan.dense(), rtol=1e-5, atol=1e-8)
         assert_close(result.value, balanced.value, rtol=1e-6, atol=1e-7)
-        assert_close(result.n_iter, balanced.n_iter, rtol=0.2, atol=20)
 
 
 @pytest.mark.parametrize("rho", [None, math.inf, (None, math.inf), torch.tensor(math.inf)], ids=str)
