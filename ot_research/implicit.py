@@ -174,12 +174,12 @@ class AttachedPlan:
     def col(self) -> Float[Tensor, "*batch m"]:
         "Column sums"
         return self.T.row
-    def __matmul__(self, V: Float[Tensor, "m"] | Float[Tensor, "*batch m k"]) -> Tensor:
+    def __matmul__(self, V: Float[Tensor, "m"] | Float[Tensor, "*#batch m k"]) -> Tensor:
         "`P V`: a vector for a vector, columns for columns"
         if V.ndim == 1: return (self @ V.unsqueeze(-1)).squeeze(-1)
         seen = self.K @ (self.right.unsqueeze(-1) * V.to(self.right.dtype))
         return (self.left.unsqueeze(-1) * seen).to(self.dtype)
-    def project(self, y: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch n k"]:
+    def project(self, y: Float[Tensor, "*#batch m k"]) -> Float[Tensor, "*batch n k"]:
         "Barycentric projection: each source point goes to the mean of where its mass goes"
         seen = self.K @ (self.right.unsqueeze(-1) * torch.cat([y, torch.ones_like(y[..., :1])], -1).to(self.right.dtype))
         return (seen[..., :-1] / seen[..., -1:]).to(self.dtype)
@@ -193,30 +193,35 @@ def _constant(t: Tensor | None) -> Tensor | None:
     "The value, of which nothing is a derivative"
     return t if t is None else t.detach()
 
-# %% ../nbs/core/20_implicit.ipynb #c30
-def _mismatch(self: "Attached", u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    "By how much both sides are missed after a move, zero in value"
-    row = _times(self.K, v.exp() * self.b) * u.exp()
-    col = _times(self.K.T, u.exp() * self.a) * v.exp()
-    asked = lambda sums, move, rho: _constant(sums) * (1 if rho == torch.inf else (-self.eps * move / rho).exp())
-    return row - asked(row, u, self.rho[0]), col - asked(col, v, self.rho[1])
+# %% ../nbs/core/20_implicit.ipynb #c31
+def _beyond(K, weight: Tensor, sums: Tensor, e: Tensor | float, u: Tensor, v: Tensor) -> Tensor:
+    "What a first move adds to the mismatch of a side beyond the frozen linear system"
+    frozen, held = type(K)(*map(_constant, K)), _constant(sums)
+    seen = _times(K, weight * v)
+    tilted = (sums - held) * u + seen - _times(frozen, _constant(weight) * v)
+    if isinstance(e, Tensor): tilted = tilted + held * (e - _constant(e)) * u
+    return tilted + u * seen + ((sums - held * e**2) * u**2 + _times(K, weight * v**2)) / 2
 
+# %% ../nbs/core/20_implicit.ipynb #c32
 def _first(self: "Attached") -> tuple[Tensor, Tensor]:
     "The mismatch without a move"
     return tuple(sums - _constant(sums) for sums in self._sums)
 
 def _moves(self: "Attached") -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch m"]]:
     "Two chord steps, over `eps`: zero, with the derivatives of the potentials"
-    u, v = (-t for t in _moved(self._system, *_first(self)))
-    du, dv = _moved(self._system, *_mismatch(self, u, v))
-    return u - du, v - dv
+    (row, col), first = self._sums, _first(self)
+    e, other = (0 if rho == torch.inf else self.eps / rho for rho in self.rho)
+    u, v = (-t for t in _moved(self._system, *first))
+    more = _beyond(self.K, self.b, row, e, u, v), _beyond(self.K.T, self.a, col, other, v, u)
+    return tuple(-t for t in _moved(self._system, *(t + d for t, d in zip(first, more))))
 
+# %% ../nbs/core/20_implicit.ipynb #c33
 def _plan(self: "Attached") -> AttachedPlan:
     "The plan"
     u, v = self.moves
     return AttachedPlan(self.form, self.K, self.a * u.exp(), self.b * v.exp(), self.dtype)
 
-# %% ../nbs/core/20_implicit.ipynb #c31
+# %% ../nbs/core/20_implicit.ipynb #c34
 def _worth(weight: Tensor, f: Tensor, rho: float) -> Float[Tensor, "*batch"]:
     "What a side adds to the dual value, also as a function of weights that are zero"
     return (weight * (f if rho == torch.inf else -rho * torch.expm1(-f / rho))).sum(-1)
@@ -229,7 +234,7 @@ def _value(self: "Attached") -> Float[Tensor, "*batch"]:
     bend = Bend.apply(self._system.laplacian, type(self.K), *self._system.tensors, *_first(self))
     return (dual + self.eps * (total - (self.a * self._sums[0]).sum(-1) + bend)).to(self.dtype)
 
-# %% ../nbs/core/20_implicit.ipynb #c32
+# %% ../nbs/core/20_implicit.ipynb #c35
 def _potentials(self: "Attached") -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch m"]]:
     "Dual potentials in units of the cost; where a constant is free, balanced so that `<a, f> = <b, g>`"
     f, g = (frozen + self.eps * move for frozen, move in zip((self.f, self.g), self.moves))
@@ -238,7 +243,7 @@ def _potentials(self: "Attached") -> tuple[Float[Tensor, "*batch n"], Float[Tens
     shift = apart / (self.a.sum(-1) + self.b.sum(-1)).unsqueeze(-1)
     return (f + shift).to(self.dtype), (g - shift).to(self.dtype)
 
-# %% ../nbs/core/20_implicit.ipynb #c33
+# %% ../nbs/core/20_implicit.ipynb #c36
 @dataclass(frozen=True, eq=False)
 class Attached:
     "What a solver found as a differentiable function of cost, weights and strength, right to second order"
@@ -262,15 +267,17 @@ class Attached:
     moves, plan = cached_property(_moves), cached_property(_plan)
     value, potentials = property(_value), property(_potentials)
 
-# %% ../nbs/core/20_implicit.ipynb #c35
+# %% ../nbs/core/20_implicit.ipynb #c38
 FEW = 2**23  # pairs that are kept of a large problem, at most
 
-def _entries(K: Cloud, geometry: Geometry, eps: float, f: Tensor, g: Tensor) -> Cloud:
+def _entries(K: Cloud, geometry: Geometry, eps: Tensor, f: Tensor, g: Tensor) -> Cloud:
     "The cloud, with the entries of its density in memory if they fit"
     if max(geometry.shape[-2:]) <= LARGEST:
         alpha, beta, query, key = map(_constant, K[:4])
-        scores = query @ key.mT + alpha.unsqueeze(-1) + beta.unsqueeze(-2)
-        kept = scores.clamp(min={torch.float32: -80.0, torch.float64: -300.0}[f.dtype]).exp()
+        beside = lambda *columns: torch.cat([columns[0], *(t.unsqueeze(-1) for t in columns[1:])], -1)
+        one, other = torch.ones_like(alpha), torch.ones_like(beta)
+        kept = beside(query, alpha, one) @ beside(key, other, beta).mT
+        kept = kept.clamp(min={torch.float32: -80.0, torch.float64: -300.0}[f.dtype]).exp_()
         return K._replace(kept=kept, turned=kept.mT)
     if len(geometry.shape) > 2 or retrieve_all_functorch_interpreters(): return K
     with torch.no_grad():
@@ -279,7 +286,7 @@ def _entries(K: Cloud, geometry: Geometry, eps: float, f: Tensor, g: Tensor) -> 
         kept = sparse_kernel(few.edges, few.slack, float(eps))
         return K._replace(kept=kept.matrix, turned=kept.transposed)
 
-# %% ../nbs/core/20_implicit.ipynb #c36
+# %% ../nbs/core/20_implicit.ipynb #c39
 def attach(
     geometry: Geometry,                # the cost, of points or a matrix that may require a gradient
     a: Float[Tensor, "*batch n"],      # source weights

@@ -111,6 +111,7 @@ def direction(
     *,
     rtol: float,
     factor: bool = False,         # precondition by the factors of the backbone
+    max_iter: int | None = None,  # steps of conjugate gradients; 100, or 300 with factors
 ) -> tuple[Float[Tensor, "m"], bool]:
     "Newton's direction in `log_v`, and whether conjugate gradients found it"
     root, back = at.col.sqrt(), kernel.T
@@ -123,7 +124,7 @@ def direction(
         col = at.col.numpy()
         solve = _laplacian_solver(_backbone(P, a.numpy(), col), col)
         precondition = lambda r: root * solve(root * r)
-    most = _CG_STEPS[factor]
+    most = max_iter or _CG_STEPS[factor]
     x, found = _conjugate_gradients(apply, lacking / root, precondition, rtol=rtol, max_iter=most)
     return x / root, found
 
