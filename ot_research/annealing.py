@@ -70,12 +70,10 @@ def approach(view: Views, g: Float[Tensor, "m"], eps: float, reg: float, pace: P
 # %% ../nbs/core/10_annealing.ipynb #c16
 def _renewed(problem: Problem, rough: Problem, f, g, reg: float, tol: float) -> tuple[Stored | None, Tensor]:
     "A kernel at these potentials, if it is dense in the type of `rough`; and the `g` that Newton finds"
-    goal = tol / 2
     near = candidates(problem.geometry, f, g, reg, tol)
-    if near: kernel = sparse_kernel(near.edges, near.slack, reg)
-    else: kernel, goal = dense_kernel(rough, f, g, reg), max(goal, 80 * torch.finfo(rough.dtype).eps)
+    kernel = sparse_kernel(near.edges, near.slack, reg) if near else dense_kernel(rough, f, g, reg)
     if kernel is None: return None, g
-    return kernel, g + reg * newton(kernel, problem.a, problem.b, goal).log_v
+    return kernel, g + reg * newton(kernel, problem.a, problem.b, tol / 2).log_v
 
 # %% ../nbs/core/10_annealing.ipynb #c17
 def arrived(view: Views, g: Float[Tensor, "m"], reg: float, tol: float) -> Iterator[Walk]:

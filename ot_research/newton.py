@@ -40,6 +40,14 @@ def _columns_scaled(kernel: Stored, a: Float[Tensor, "n"], b: Float[Tensor, "m"]
     "One iteration of Sinkhorn's algorithm"
     return scaled(kernel, a, b, at.log_v + (b / at.col).log())
 
+def _while_fast(kernel: Stored, a: Float[Tensor, "n"], b: Float[Tensor, "m"], at: Scaled, tol: float) -> Scaled:
+    "Iterations of it, as long as the last left less than a third of the error, and more than `tol`"
+    left, before = (b - at.col).abs().sum().item(), math.inf
+    while tol < left < before / 3:
+        at = _columns_scaled(kernel, a, b, at)
+        before, left = left, (b - at.col).abs().sum().item()
+    return at
+
 # %% ../nbs/core/07_newton.ipynb #c16
 _FLAT = 1e-14  # curvature that is nothing but rounding, relative to the largest
 
@@ -69,39 +77,52 @@ def _conjugate_gradients(
     return x, False
 
 # %% ../nbs/core/07_newton.ipynb #c19
-_BACKBONE, _NOISE = 3, 1e-9  # entries of the pruned plan, per row; share of a row below which none is kept
+_BACKBONE, _NOISE = 2, 1e-9  # entries of the pruned plan, per row; share of a row below which none is kept
 
 # %% ../nbs/core/07_newton.ipynb #c20
+def _largest(P: csr_array, share, most: int) -> tuple:
+    "The entries whose shares are the largest, and these"
+    rest = max(0, len(share) - most)
+    keep = share >= np.partition(share, rest)[rest]
+    before = np.pad(keep.cumsum(), (1, 0))
+    return csr_array((P.data[keep], P.indices[keep], before[P.indptr]), P.shape), share[keep]
+
+# %% ../nbs/core/07_newton.ipynb #c21
+def _tree(P: csr_array, share) -> csr_array:
+    "The entries of the tree that spans the graph of a plan by the largest shares"
+    n, m = P.shape
+    length = 1 + np.log(share.max()) - np.log(share)
+    graph = csr_array((length, P.indices + n, np.pad(P.indptr, (0, m), "edge")), (n + m, n + m))
+    return P.multiply(minimum_spanning_tree(graph)[:n, n:] > 0)
+
+# %% ../nbs/core/07_newton.ipynb #c22
 def _backbone(
     P: csr_array,  # a plan
     row, col,      # its sums, as arrays
 ) -> csr_array:
     "The plan without all but its largest entries, as shares of their row or column, and a tree that spans it"
     share = P.data / np.minimum(np.repeat(row, np.diff(P.indptr)), col[P.indices])
-    most = min(len(share), _BACKBONE * max(P.shape))
-    n, m = P.shape
-    length = 1 + np.log(share.max()) - np.log(share)
-    graph = csr_array((length, P.indices + n, np.pad(P.indptr, (0, m), "edge")), (n + m, n + m))
-    tree = P.multiply(minimum_spanning_tree(graph)[:n, n:] > 0)
-    P.data[share < max(_NOISE, np.partition(share, -most)[-most])] = 0
-    P.eliminate_zeros()
-    return P.maximum(tree)
-
-# %% ../nbs/core/07_newton.ipynb #c21
-def _laplacian_solver(P: csr_array, col) -> Callable:
-    "Solve with the Laplacian on the columns of a plan; mass of `col` that it misses ties them to the ground"
-    joined = P.T @ diags_array(1 / np.maximum(P.sum(1), 1e-300)) @ P
-    joined.setdiag(0)
-    missing = np.maximum(col - P.sum(0), 1e-10 * col)
-    factors = splu((diags_array(joined.sum(1) + missing) - joined).tocsc(), permc_spec="MMD_AT_PLUS_A",
-                   diag_pivot_thresh=0.0, options=dict(SymmetricMode=True))
-    return lambda r: torch.from_numpy(factors.solve(r.numpy()))
+    wide, share = _largest(P, share, 4 * _BACKBONE * max(P.shape))
+    few, shares = _largest(wide, share, _BACKBONE * max(P.shape))
+    few.data[shares < _NOISE] = 0
+    few.eliminate_zeros()
+    return few.maximum(_tree(wide, share))
 
 # %% ../nbs/core/07_newton.ipynb #c23
+def _laplacian_solver(P: csr_array, col) -> Callable:
+    "Solve with the Laplacian on the columns of a plan, which a little of `col` ties to the ground"
+    joined = P.T @ diags_array(1 / np.maximum(P.sum(1), 1e-300)) @ P
+    joined.setdiag(0)
+    laplacian = diags_array(joined.sum(1) + 1e-10 * col) - joined
+    factors = splu(laplacian.tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0,
+                   options=dict(SymmetricMode=True))
+    return lambda r: torch.from_numpy(factors.solve(r.numpy()))
+
+# %% ../nbs/core/07_newton.ipynb #c25
 _CG_STEPS = {False: 100, True: 300}  # without and with factors
 _FAILURES = 2                         # to find a direction within them, before factors are made
 
-# %% ../nbs/core/07_newton.ipynb #c24
+# %% ../nbs/core/07_newton.ipynb #c26
 def direction(
     kernel,  # that multiplies: `Stored`, or a stream
     a: Float[Tensor, "n"],
@@ -120,18 +141,19 @@ def direction(
     apply = lambda p: torch.addcmul(p, right, back @ (left * (kernel @ (right * p))), value=-1)
     precondition = torch.clone
     if factor:
-        P = (diags_array(av.numpy()) @ kernel.scipy() @ diags_array(bv.numpy())).tocsr()
-        col = at.col.numpy()
+        K, col = kernel.scipy(), at.col.numpy()
+        mass = np.repeat(av.numpy(), np.diff(K.indptr)) * K.data * bv.numpy()[K.indices]
+        P = csr_array((mass, K.indices, K.indptr), K.shape)
         solve = _laplacian_solver(_backbone(P, a.numpy(), col), col)
         precondition = lambda r: root * solve(root * r)
     most = max_iter or _CG_STEPS[factor]
     x, found = _conjugate_gradients(apply, lacking / root, precondition, rtol=rtol, max_iter=most)
     return x / root, found
 
-# %% ../nbs/core/07_newton.ipynb #c29
+# %% ../nbs/core/07_newton.ipynb #c31
 _LONGEST = 20.0  # step in log v
 
-# %% ../nbs/core/07_newton.ipynb #c30
+# %% ../nbs/core/07_newton.ipynb #c32
 def _line_search(kernel, a, b, at: Scaled, x: Float[Tensor, "m"]) -> Scaled:
     "The first of the steps 1, 1/2, 1/4, ... along `x` that raises the dual enough"
     step = min(1.0, _LONGEST / x.abs().max().item())
@@ -142,7 +164,7 @@ def _line_search(kernel, a, b, at: Scaled, x: Float[Tensor, "m"]) -> Scaled:
         step /= 2
     return new
 
-# %% ../nbs/core/07_newton.ipynb #c32
+# %% ../nbs/core/07_newton.ipynb #c34
 class Solved(NamedTuple):
     "Corrections that give `diag(a e^log_u) K diag(b e^log_v)` the marginals `a` and `b`"
     log_u: Float[Tensor, "n"]
@@ -153,32 +175,35 @@ class Solved(NamedTuple):
     @property
     def steps(self) -> int: return max(0, len(self.errors) - 1)
 
-# %% ../nbs/core/07_newton.ipynb #c33
+# %% ../nbs/core/07_newton.ipynb #c35
 def _stalled(errors: list[float]) -> bool:
     "Whether further steps would be wasted"
     return len(errors) > 10 and errors[-1] > 0.7 * errors[-6]
 
-# %% ../nbs/core/07_newton.ipynb #c34
+# %% ../nbs/core/07_newton.ipynb #c36
+_DIGITS = 80  # roundings of one number, in an error that is nothing else
+
 def newton(
     kernel: Stored, a: Float[Tensor, "n"], b: Float[Tensor, "m"],
-    tol: float,           # mass that may lack
+    tol: float,           # mass that may lack, if the type of the kernel can resolve it
     max_iter: int = 60,
 ) -> Solved:
     "Newton's method on the dual of a stored kernel; the mass is 1"
     at = scaled(kernel, a, b, torch.zeros_like(b))
-    for _ in range(4): at = _columns_scaled(kernel, a, b, at)
-    best, errors, factor = Solved(torch.zeros_like(a), torch.zeros_like(b), math.inf, ()), [], False
-    failures = 0
+    for _ in range(3): at = _columns_scaled(kernel, a, b, at)
+    at, goal = _while_fast(kernel, a, b, at, tol), max(tol, _DIGITS * torch.finfo(kernel.dtype).eps)
+    best, errors = Solved(torch.zeros_like(a), torch.zeros_like(b), math.inf, ()), []
+    failures, factor = 0, False
     for _ in range(max_iter):
         lacking = b - at.col
         error = lacking.abs().sum().item()
         if not math.isfinite(error): break
         errors.append(error)
         if error < best.error: best = Solved(at.u.log(), at.log_v, error, ())
-        if error <= tol or _stalled(errors): break
-        rtol = min(0.1, max(error**0.5, 0.3 * tol / error))   # no more digits than the next step can use
+        if error <= goal or _stalled(errors): break
+        rtol = min(0.1, max(error**0.5, 0.3 * goal / error))   # no more digits than the next step can use
         x, found = direction(kernel, a, b, at, lacking, rtol=rtol, factor=factor)
         failures += not found
         factor = failures >= _FAILURES and kernel.is_sparse and kernel.matrix.is_cpu
-        at = _columns_scaled(kernel, a, b, _line_search(kernel, a, b, at, x))
+        at = _while_fast(kernel, a, b, _line_search(kernel, a, b, at, x), tol)
     return best._replace(errors=tuple(errors))
