@@ -36,6 +36,29 @@ def test_hard_problems_at_every_strength(name):
 
 
 @pytest.mark.parametrize("name", HARD)
+def test_hard_problems_in_float32(name):
+    problem = HARD[name].to(torch.float32)
+    for strength in (0.1, 1e-3, 1e-5):
+        result = newton_sinkhorn(problem, reg=strength * typical_cost(problem.geometry))
+        assert result.converged and result.f.dtype == torch.float32, f"{strength}: {result.status}"
+        assert result.f.isfinite().all() and result.g.isfinite().all()
+
+
+@pytest.mark.parametrize("weights", ["uniform", "random"])
+@pytest.mark.parametrize("d", [2, 16, 64])
+def test_a_thousand_points_on_all_pairs(d, weights):
+    "The marginals of the plan written out, down to a millionth of the mean cost"
+    problem = clouds(1000, 1000, d)
+    if weights == "uniform": problem = Problem(problem.geometry)
+    C, a, b = problem.geometry.cost_rows(slice(None)), problem.a, problem.b
+    for strength in (0.1, 1e-2, 1e-3, 1e-5, 1e-6):
+        reg = strength * C.mean().item()
+        f, g = newton_sinkhorn(problem, reg=reg).potentials
+        P = a[:, None] * b * ((f[:, None] + g - C) / reg).exp()
+        assert (P.sum(1) - a).abs().sum() + (P.sum(0) - b).abs().sum() < 1e-6
+
+
+@pytest.mark.parametrize("name", HARD)
 def test_tiny_strengths_give_finite_potentials_and_an_honest_error(name):
     problem = HARD[name]
     result = newton_sinkhorn(problem, reg=1e-8 * (typical_cost(problem.geometry) or 1.0))
