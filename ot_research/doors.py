@@ -8,6 +8,7 @@ __all__ = ['transport', 'solve', 'solve_sample']
 # %% ../nbs/core/06_doors.ipynb #c2
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Integral
 from typing import SupportsFloat
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from .annealing import newton_sinkhorn
 from .batches import batch_sinkhorn
 from .candidates import fits, reach_of
+from .connect import connected, parts, varies
 from .exact import exact
 from .geometry import DenseCost, Geometry, PointCloud, float_tensors
 from .plan import OTResult, Problem, dual_bound
@@ -89,15 +91,15 @@ def _entropic(problem: Problem, reg: float, **asked) -> OTResult:
     return sinkhorn(problem, reg=reg, schedule=schedule, predict=over_relaxed(), **asked)
 
 # %% ../nbs/core/06_doors.ipynb #c26
-def transport(
+def _transport(
     geometry: Geometry,
     a: Float[Tensor, "*#batch n"] | None,
     b: Float[Tensor, "*#batch m"] | None,
     *,
-    reg: SupportsFloat, rho: SupportsFloat | tuple | None, mass: Tensor | SupportsFloat | None,
-    tol: SupportsFloat | None, max_iter: int | None, init: tuple | None, check: bool,
+    reg: SupportsFloat, rho: SupportsFloat | tuple | None = None, mass: Tensor | SupportsFloat | None = None,
+    tol: SupportsFloat | None = None, max_iter: int | None = None, init: tuple | None = None, check: bool = True,
 ) -> OTResult:
-    "The one policy behind both doors: which solver runs, and with which settings"
+    "The one policy: which solver runs, and with which settings"
     reg = _number("reg", reg, "in units of the cost (0 asks for exact transport)")
     tol = tol if tol is None else _number("tol", tol, "the error that is good enough")
     if max_iter is not None and not (isinstance(max_iter, Integral) and max_iter > 0):
@@ -109,6 +111,22 @@ def transport(
     given = dict(tol=tol, max_iter=max_iter, init=init)
     given = {name: value for name, value in given.items() if value is not None}
     return _entropic(problem, reg, **given) if reg else exact(problem, **given)
+
+# %% ../nbs/core/06_doors.ipynb #connect
+def transport(
+    geometry: Geometry,
+    a: Float[Tensor, "*#batch n"] | None = None,
+    b: Float[Tensor, "*#batch m"] | None = None,
+    *,
+    reg: SupportsFloat,
+    **asked,  # rho, mass, tol, max_iter, init and check
+) -> OTResult:
+    "What is behind both doors: values for the policy, derivatives for its answer where they may be asked for"
+    strength, inputs = reg.detach() if isinstance(reg, Tensor) else reg, parts(geometry)
+    find = lambda geometry, a, b: _transport(geometry, a, b, reg=strength, **asked)
+    if varies(*inputs.values(), a, b, reg): return connected(find, geometry, a, b, reg)
+    *plain, a, b = (t.detach() if isinstance(t, Tensor) else t for t in (*inputs.values(), a, b))
+    return find(replace(geometry, **dict(zip(inputs, plain))), a, b)
 
 # %% ../nbs/core/06_doors.ipynb #c28
 def solve(

@@ -208,6 +208,8 @@ def cosine(x, y) -> Factored:
 # %% ../nbs/core/01_geometry.ipynb #c47
 def euclidean(x: Float[Tensor, "*batch n d"], y: Float[Tensor, "*batch m d"]) -> Float[Tensor, "*batch n m"]:
     "`|x - y|`, from differences"
+    if x.requires_grad or y.requires_grad:  # cdist has no second derivative
+        return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), dim=-1)
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 FACTORED = {"sqeuclidean": sqeuclidean, "cosine": cosine}  # (x, y) -> Factored

@@ -6,6 +6,7 @@
 __all__ = ['FEW', 'MarginalSystem', 'Move', 'Bend', 'AttachedPlan', 'Attached', 'attach']
 
 # %% ../nbs/core/20_implicit.ipynb #c2
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -243,31 +244,7 @@ def _potentials(self: "Attached") -> tuple[Float[Tensor, "*batch n"], Float[Tens
     shift = apart / (self.a.sum(-1) + self.b.sum(-1)).unsqueeze(-1)
     return (f + shift).to(self.dtype), (g - shift).to(self.dtype)
 
-# %% ../nbs/core/20_implicit.ipynb #c36
-@dataclass(frozen=True, eq=False)
-class Attached:
-    "What a solver found as a differentiable function of cost, weights and strength, right to second order"
-    form: Factored | Tensor           # the cost: factored, or written out
-    K: Table | Cloud                  # density at the frozen potentials
-    a: Float[Tensor, "*batch n"]
-    b: Float[Tensor, "*batch m"]
-    eps: Float[Tensor, ""]            # in units of the cost
-    f: Float[Tensor, "*batch n"]      # as the solver left it, a constant, in units of the cost
-    g: Float[Tensor, "*batch m"]
-    rho: tuple[float, float]          # prices of missing the marginals, in units of the cost
-    dtype: torch.dtype                # of what leaves
-
-    @cached_property
-    def _sums(self): return _times(self.K, self.b), _times(self.K.T, self.a)
-    @cached_property
-    def _system(self) -> MarginalSystem:
-        constants = (_constant(t) for t in (self.a, self.b, *self._sums))
-        give = None if self.rho == EXACT else tuple(_constant(self.eps) / rho for rho in self.rho)
-        return MarginalSystem(type(self.K)(*map(_constant, self.K)), *constants, give)
-    moves, plan = cached_property(_moves), cached_property(_plan)
-    value, potentials = property(_value), property(_potentials)
-
-# %% ../nbs/core/20_implicit.ipynb #c38
+# %% ../nbs/core/20_implicit.ipynb #c37
 FEW = 2**23  # pairs that are kept of a large problem, at most
 
 def _entries(K: Cloud, geometry: Geometry, eps: Tensor, f: Tensor, g: Tensor) -> Cloud:
@@ -286,7 +263,55 @@ def _entries(K: Cloud, geometry: Geometry, eps: Tensor, f: Tensor, g: Tensor) ->
         kept = sparse_kernel(few.edges, few.slack, float(eps))
         return K._replace(kept=kept.matrix, turned=kept.transposed)
 
-# %% ../nbs/core/20_implicit.ipynb #c39
+# %% ../nbs/core/20_implicit.ipynb #c38
+def _density(self: "Attached") -> Table | Cloud:
+    "The density at the frozen potentials"
+    f, g, eps, form = self.f, self.g, self.eps, self.form
+    if isinstance(form, Factored):
+        K = Cloud((f - form.row) / eps, (g - form.col) / eps, form.query / eps, form.key)
+        return _entries(K, self.geometry, eps, f, g)
+    forbidden = form == torch.inf
+    slack = form.masked_fill(forbidden, 0) - f.unsqueeze(-1) - g.unsqueeze(-2)
+    return Table((-slack / eps).masked_fill(forbidden, -torch.inf).exp())
+
+# %% ../nbs/core/20_implicit.ipynb #c40
+def _once(compute: Callable) -> cached_property:
+    "Worked out when it is first asked for, with a graph whatever the mode"
+    return cached_property(torch.enable_grad()(compute))
+
+# %% ../nbs/core/20_implicit.ipynb #c41
+@dataclass(frozen=True, eq=False)
+class Attached:
+    "What a solver found as a differentiable function of cost, weights and strength, right to second order"
+    geometry: Geometry
+    a: Float[Tensor, "*batch n"]
+    b: Float[Tensor, "*batch m"]
+    eps: Float[Tensor, ""]            # in units of the cost
+    f: Float[Tensor, "*batch n"]      # as the solver left it, a constant, in units of the cost
+    g: Float[Tensor, "*batch m"]
+    rho: tuple[float, float]          # prices of missing the marginals, in units of the cost
+    varies: bool                      # whether the strength may be differentiated
+    dtype: torch.dtype                # of what leaves
+
+    K = _once(_density)
+    @_once
+    def form(self) -> Factored | Tensor:
+        "The cost: factored, or written out"
+        form = self.geometry.form
+        small = max(self.geometry.shape[-2:]) <= LARGEST
+        whole = not isinstance(form, Factored) or self.varies and small
+        return self.geometry.cost_rows(slice(None)) if whole else form
+    @_once
+    def _sums(self): return _times(self.K, self.b), _times(self.K.T, self.a)
+    @cached_property
+    def _system(self) -> MarginalSystem:
+        constants = (_constant(t) for t in (self.a, self.b, *self._sums))
+        give = None if self.rho == EXACT else tuple(_constant(self.eps) / rho for rho in self.rho)
+        return MarginalSystem(type(self.K)(*map(_constant, self.K)), *constants, give)
+    moves, plan = _once(_moves), _once(_plan)
+    value, potentials = property(_value), property(_potentials)
+
+# %% ../nbs/core/20_implicit.ipynb #c43
 def attach(
     geometry: Geometry,                # the cost, of points or a matrix that may require a gradient
     a: Float[Tensor, "*batch n"],      # source weights
@@ -297,16 +322,6 @@ def attach(
     rho: tuple[float, float] = EXACT,  # prices of missing the marginals, in units of the cost
 ) -> Attached:
     "Make the plan of two potentials a differentiable function of everything that went into it"
-    dtype, wide, differs = geometry.dtype, f.dtype, isinstance(eps, Tensor)
-    geometry, a, b = geometry.to(wide), a.to(wide), b.to(wide)
-    eps = torch.as_tensor(eps, dtype=wide, device=f.device)
-    f, g, form = _constant(f), _constant(g), geometry.form
-    small = max(geometry.shape[-2:]) <= LARGEST
-    if isinstance(form, Factored) and not (differs and small):
-        K = Cloud((f - form.row) / eps, (g - form.col) / eps, form.query / eps, form.key)
-        return Attached(form, _entries(K, geometry, eps, f, g), a, b, eps, f, g, rho, dtype)
-    C = geometry.cost_rows(slice(None))
-    forbidden = C == torch.inf
-    slack = C.masked_fill(forbidden, 0) - f.unsqueeze(-1) - g.unsqueeze(-2)
-    K = Table((-slack / eps).masked_fill(forbidden, -torch.inf).exp())
-    return Attached(C, K, a, b, eps, f, g, rho, dtype)
+    wide, varies = f.dtype, isinstance(eps, Tensor)
+    f, g, eps = _constant(f), _constant(g), torch.as_tensor(eps, dtype=wide, device=f.device)
+    return Attached(geometry.to(wide), a.to(wide), b.to(wide), eps, f, g, rho, varies, geometry.dtype)

@@ -72,7 +72,7 @@ def _fitted(geometry: Geometry, a: Tensor | None, b: Tensor | None) -> tuple[Geo
     if a.shape[-1:] != (n,): raise ValueError(f"a has shape {tuple(a.shape)} but the cost has {n} rows")
     if b.shape[-1:] != (m,): raise ValueError(f"b has shape {tuple(b.shape)} but the cost has {m} columns")
     if a.requires_grad or b.requires_grad or geometry.requires_grad:
-        raise NotImplementedError("derivatives are not implemented yet: detach what requires a gradient")
+        raise NotImplementedError("solvers see values alone: detach what requires a gradient, or use the doors")
     try: batch = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1], geometry.shape[:-2])
     except RuntimeError:
         shapes = [tuple(shape) for shape in (a.shape, b.shape, geometry.shape)]
@@ -280,7 +280,7 @@ def _wide(result: "OTResult") -> tuple[Problem, Transport]:
 
 def _plan(result: "OTResult") -> Transport:
     "The plan of the proof, or of the potentials: `P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)`"
-    return replace(result._wide[1], dtype=result.problem.dtype)
+    return result.attached.plan if result.attached else replace(result._wide[1], dtype=result.problem.dtype)
 
 def _marginals(result: "OTResult") -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch m"]]:
     "Row and column sums of the plan"
@@ -302,6 +302,7 @@ def _marginal_error(result: "OTResult") -> Float[Tensor, "*batch"]:
 # %% ../nbs/core/02_plan.ipynb #c90
 def _potentials(result: "OTResult") -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch m"]]:
     "Dual potentials; where a constant is free, balanced so that `<a, f> = <b, g>`"
+    if result.attached: return result.attached.potentials
     p, _ = result._wide
     apart = (p.b * result.g).sum(-1, keepdim=True) - (p.a * result.f).sum(-1, keepdim=True)
     shift = apart / (p.a.sum(-1) + p.b.sum(-1)).unsqueeze(-1) if p.rho == EXACT else 0
@@ -321,6 +322,7 @@ def _certificate(result: "OTResult") -> Certificate:
 # %% ../nbs/core/02_plan.ipynb #c94
 def _value(result: "OTResult") -> Float[Tensor, "*batch"]:
     "Dual value of the potentials; for exact transport, the cost of the rounded plan"
+    if result.attached: return result.attached.value
     if result.reg == 0: return result.certificate().upper.to(result.problem.dtype)
     p, plan = result._wide
     (row, col), mass = p.sides, p.mass if p.rho == EXACT else p.a.sum(-1) * p.b.sum(-1)
@@ -371,6 +373,7 @@ class OTResult:
     log: tuple = ()                # (iteration, eps, error) wherever the solver looked
     note: str = ""                 # what the solver had to do that was not asked for
     proof: Certificate | None = None  # in float64, with its plan, if the solver has one
+    attached: object | None = None    # value, plan and potentials with derivatives, if any may be asked for
 
     _wide, _bounds = cached_property(_wide), cached_property(_certificate)
     plan = cached_property(_plan)

@@ -339,15 +339,20 @@ def test_init_fits_the_problem(door, batch):
 
 @both_doors
 @batches
-@regs
 @pytest.mark.parametrize("name", ["x", "y", "a", "b"])
-def test_a_gradient_that_would_be_lost_is_refused(door, batch, reg, name):
+def test_a_gradient_with_a_given_mass_is_refused(door, batch, name):
     p = problem(*batch)
     p[name].requires_grad_()
-    refused(door, NotImplementedError, "derivatives", "detach", **p, reg=reg)
+    refused(door, NotImplementedError, "^derivatives with a given mass", "detach", **p, reg=0.1, mass=0.5)
 
 
 @both_doors
-def test_so_is_one_in_reg(door):
-    reg = torch.tensor(0.1, requires_grad=True)
-    refused(door, NotImplementedError, "^derivatives in reg", "detach", **problem(), reg=reg)
+@batches
+@pytest.mark.parametrize("name", ["x", "y", "a", "b"])
+def test_what_exact_transport_cannot_differentiate_is_refused(door, batch, name):
+    p = problem(*batch)
+    p[name].requires_grad_()
+    found = door(**p, reg=0)
+    for loss in (found.potentials[0], found.plan.dense(), torch.autograd.grad(found.value.sum(), p[name], create_graph=True)[0]):
+        with pytest.raises(NotImplementedError, match="vertex"):
+            torch.autograd.grad(loss.sum(), p[name], retain_graph=True)
