@@ -18,6 +18,7 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from .candidates import candidates, sparse_kernel
 from .densities import Cloud, Table, in_front, refuse_nested_forward, times
 from .geometry import Factored, Geometry
+from .kernels import LOG2E
 from .laplacian import LARGEST, Laplacian, MarginalSystem
 from .marginals import EXACT
 from .plan import weighted
@@ -203,8 +204,7 @@ def _entries(K: Cloud, geometry: Geometry, eps: Tensor, f: Tensor, g: Tensor) ->
         alpha, beta, query, key = map(_constant, K[:4])
         beside = lambda *columns: torch.cat([columns[0], *(t.unsqueeze(-1) for t in columns[1:])], -1)
         one, other = torch.ones_like(alpha), torch.ones_like(beta)
-        kept = beside(query, alpha, one) @ beside(key, other, beta).mT
-        kept = kept.clamp(min={torch.float32: -80.0, torch.float64: -300.0}[f.dtype]).exp_()
+        kept = (beside(query, alpha, one) * LOG2E @ beside(key, other, beta).mT).exp2_()
         return K._replace(kept=kept, turned=kept.mT)
     if len(geometry.shape) > 2 or retrieve_all_functorch_interpreters(): return K
     with torch.no_grad():

@@ -68,3 +68,22 @@ extra = extra_memory(lambda: sinkhorn(problem, reg=0.1, tol=0.0, max_iter=2))
 print(json.dumps([resident("VmHWM"), extra]))
 """)
     assert total < 1000 * MB and extra < 200 * MB
+
+
+def test_a_hessian_product_on_6_000_points_writes_no_table():
+    "Potentials of another strength, so that entries are neither kept nor few: all is streamed"
+    (extra,) = measured("""
+from ot_research.implicit import attach
+x, y = clouds(6_000, dtype=torch.float64)
+w, zero, way = torch.full((6_000,), 1 / 6_000, dtype=torch.float64), torch.zeros(6_000, dtype=torch.float64), torch.ones_like(x)
+f = -0.5 * half_step(PointCloud(x, y), zero, zero, 0.5)
+
+def product():
+    z = x.clone().requires_grad_()
+    found = attach(PointCloud(z, y), w, w, 0.5, f, zero)
+    (slope,) = torch.autograd.grad(found.value, z, create_graph=True)
+    torch.autograd.grad(slope, z, way)
+
+print(json.dumps([extra_memory(product)]))
+""")
+    assert extra < 8 * 6_000**2 / 4
