@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .candidates import (
-    DENSE, Views, balanced, candidates, columns_balanced, dense_kernel, fits, reach_of, sampled_rows,
+    DENSE, Views, balanced, candidates, columns_balanced, dense_kernel, reach_of, sampled_rows,
     sparse_kernel, sweep, views)
 from .geometry import Geometry
 from .levels import Pace, below, descend, level_at, paces
@@ -98,6 +98,7 @@ def arrived(view: Views, g: Float[Tensor, "m"], reg: float, tol: float) -> Itera
 # %% ../nbs/core/10_annealing.ipynb #c21
 WARM = 0.01              # first strength where a coarse problem comes first, over the typical cost
 _HOT, _MANY = 0.1, 5000  # where none does; points that have one
+_CROWDED = 1000          # edges a row, too many to begin with
 
 # %% ../nbs/core/10_annealing.ipynb #c22
 def typical_cost(geometry: Geometry) -> float:
@@ -109,14 +110,14 @@ def typical_cost(geometry: Geometry) -> float:
 
 # %% ../nbs/core/10_annealing.ipynb #c23
 def _coarse_start(problem: Problem, eps: float, last: float) -> tuple[float, Float[Tensor, "m"]]:
-    "A strength whose plan fits in memory, and target potentials there, from a random quarter of the points"
+    "A strength whose plan is sparse, and target potentials there, from a random quarter of the points"
     draw, device = torch.Generator().manual_seed(0), problem.a.device
     rows, cols = (torch.randperm(k, generator=draw)[: k // 4].to(device) for k in problem.geometry.shape)
     a, b = problem.a[rows], problem.b[cols]
     small = Problem(problem.geometry.part(rows, cols), a / a.sum(), b / b.sum(), check=False)
     walk, _ = annealed_walks(small, eps, tol=1e-2, max_iter=20)
     share = lambda: reach_of(small.geometry, walk.f, walk.g, eps, 1e-6)[1]
-    while eps > last and not fits(share() * problem.geometry.shape.numel()):
+    while eps > last and share() * max(problem.geometry.shape) > _CROWDED:
         eps = below(eps, last, 4.0)
         walk, _ = annealed_walks(small, eps, tol=1e-2, max_iter=20, init=walk.g)
     across = problem.geometry.part(rows, slice(None)).T

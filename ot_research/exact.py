@@ -8,7 +8,6 @@ __all__ = ['Pairs', 'corner', 'rounded', 'Look', 'looked', 'better', 'certified'
 # %% ../nbs/core/11_exact.ipynb #c2
 import math
 from collections.abc import Iterator
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -43,39 +42,39 @@ def corner(left_a: Float[Tensor, "n"], left_b: Float[Tensor, "m"]) -> tuple[Tens
     return i[mass > 0], j[mass > 0], mass[mass > 0]
 
 # %% ../nbs/core/11_exact.ipynb #c12
-_DIGITS = 16 * torch.finfo(torch.float64).eps  # of a weight: less than this is not missing, it is arithmetic
+def _carried(problem: Problem, level: Level) -> Float[Tensor, "e"]:
+    "The mass on the edges of a level"
+    density = (-level.slack / level.eps).clamp(min=-300, max=300).exp()
+    return problem.a[level.edges.row] * problem.b[level.edges.col] * density
+
+# %% ../nbs/core/11_exact.ipynb #c13
+_DIGITS = 100 * torch.finfo(torch.float64).eps  # of the mass: less than this is not missing, it is arithmetic
 
 def rounded(problem: Problem, level: Level) -> Pairs:
     "The plan of a level, rounded to the marginals; the remainder goes on a corner's pairs"
     a, b, i, j = problem.a, problem.b, level.edges.row, level.edges.col
-    mass = a[i] * b[j] * (-level.slack / level.eps).clamp(min=-300, max=300).exp()
+    mass = _carried(problem, level)
     mass = mass * (a / torch.bincount(i, mass, len(a))).clamp(max=1)[i]
     mass = mass * (b / torch.bincount(j, mass, len(b))).clamp(max=1)[j]
-    short = (w - torch.bincount(index, mass, len(w)) for index, w in ((i, a), (j, b)))
-    k, l, rest = corner(*(torch.where(lack > _DIGITS * w, lack, 0) for lack, w in zip(short, (a, b))))
+    lacking = [(w - torch.bincount(index, mass, len(w))).clamp(min=0) for index, w in ((i, a), (j, b))]
+    if lacking[0].sum() < _DIGITS: lacking = [torch.zeros_like(w) for w in lacking]
+    k, l, rest = corner(*lacking)
     cost = torch.cat([level.cost, problem.geometry.cost_at(k, l)])
     return Pairs(torch.cat([i, k]), torch.cat([j, l]), torch.cat([mass, rest]), cost)
 
-# %% ../nbs/core/11_exact.ipynb #c19
+# %% ../nbs/core/11_exact.ipynb #c20
 _DEEP = 64.0  # strengths that one set of edges serves
 
-def _deepened(view: Views, g: Float[Tensor, "m"], eps: float, tight: float, pace: Pace) -> Level:
+def _deepened(view: Views, g: Float[Tensor, "m"], eps: float, tol: float, pace: Pace) -> Level:
     "Look at all the pairs at `eps`, and solve as far below as the edges found there allow"
-    a, b = view.wide.a, view.wide.b
+    problem = view.wide
     f, g, _ = balanced(view, g, eps)
-    level = level_at(view.wide, f, g, eps, pace.rough, densest=1.0)
+    level = level_at(problem, f, g, eps, pace.rough, densest=1.0)
+    if level.error > pace.rough: return level
     frozen = lambda level: level.eps < eps and level.steps == 0
-    return solve_level(a, b, descend(a, b, level, eps / _DEEP, pace, until=frozen), tight)
-
-# %% ../nbs/core/11_exact.ipynb #c20
-def _looks(view: Views, g: Float[Tensor, "m"], eps: float, tight: float, pace: Pace) -> Iterator[Level]:
-    "Levels at smaller and smaller strengths, each on edges of its own"
-    again = False
-    while True:
-        level = _deepened(view, g, eps, tight, pace)
-        yield level
-        again = level.error > pace.rough and not again   # a level that failed gets new edges, once
-        g, eps = level.g, eps if again else level.eps / pace.stride
+    level = descend(problem.a, problem.b, level, eps / _DEEP, pace, until=frozen)
+    price = 0 if problem.geometry.survey.forbids else abs((_carried(problem, level) @ level.cost).item())
+    return solve_level(problem.a, problem.b, level, max(0.1 * tol * price / typical_cost(problem.geometry), 1e-15))
 
 # %% ../nbs/core/11_exact.ipynb #c22
 class Look(NamedTuple):
@@ -96,7 +95,7 @@ class Look(NamedTuple):
 # %% ../nbs/core/11_exact.ipynb #c23
 def looked(problem: Problem, level: Level) -> Look:
     "Both bounds, less what rounding may hide"
-    conceded = 8 * torch.finfo(torch.float64).eps * problem.geometry.survey.largest.item()
+    conceded = 2 * _DIGITS * problem.geometry.survey.largest.item()
     pairs = rounded(problem, level)
     lower, upper = dual_bound(problem, level.g).item(), (pairs.mass @ pairs.cost).item()
     return Look(level, lower - conceded, pairs, upper + conceded)
@@ -110,21 +109,21 @@ def better(one: Look, other: Look) -> Look:
 def certified(problem: Problem, tol: float, max_iter: int) -> tuple[Look, tuple]:
     "Looks at all the pairs until the bounds are within `tol`: the best of them, and the log"
     view, largest = views(problem), problem.geometry.survey.largest.item()
-    start, g = beginning(problem, 0.0)
-    eps, (usual, careful) = min(start, WARM * typical_cost(problem.geometry)), paces(problem)
-    for walk in approach(view, g, start, eps, usual): g = walk.g
-    tight = 1e-15 if problem.geometry.survey.forbids else max(1e-15, 2e-5 * tol)
+    start, origin = beginning(problem, 0.0)
+    top, (usual, careful) = min(start, WARM * typical_cost(problem.geometry)), paces(problem)
+    for walk in approach(view, origin, start, top, usual): origin = walk.g
     best, log = None, []
     for pace in (usual, careful):
-        widths = []
-        some = islice(_looks(view, g, eps, tight, pace), max_iter - len(log))
-        for level in tqdm(some, total=max_iter, initial=len(log), delay=5, leave=False, desc="bounds"):
-            look = looked(problem, level)
+        g, eps, widths = origin, top, []
+        for _ in tqdm(range(len(log), max_iter), delay=5, leave=False, desc="bounds"):
+            look = looked(problem, _deepened(view, g, eps, tol, pace))
             best = better(best, look) if best else look
             widths.append(best.upper - best.lower)
-            log.append((len(log) + 1, level.eps, best.gap))
+            log.append((len(log) + 1, look.level.eps, best.gap))
             if best.closes(tol, largest): return best, tuple(log)
             if len(widths) > 2 and not widths[-1] < widths[-3] / 2: break
+            width = look.upper - look.lower if look.gap < math.inf else 0
+            g, eps = look.level.g, min(max(look.level.eps / pace.stride, width / 8), top)
     return best, tuple(log)
 
 # %% ../nbs/core/11_exact.ipynb #c28

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .candidates import ALL, DENSE, MOST, candidates, sparse_kernel
+from .candidates import DENSE, EDGES, MOST, candidates, sparse_kernel
 from .newton import newton
 from .plan import Problem
 from .products import Edges
@@ -46,9 +46,9 @@ def solve_level(a: Float[Tensor, "n"], b: Float[Tensor, "m"], level: Level, tol:
 def level_at(problem: Problem, f, g, eps: float, rough: float, densest: float = DENSE) -> Level | None:
     "Solved on the nearest pairs, or where these do not do, on all that may matter; None if too many"
     level = None
-    for lost, most in ((rough, MOST), (1e-6, ALL)):
+    for lost, most in ((rough, MOST), (1e-6, EDGES / len(f))):
         near = candidates(problem.geometry, f, g, eps, lost, most, densest)
-        if near is None: break
+        if near is None or level and len(near.edges) < 1.5 * len(level.edges): break
         level = solve_level(problem.a, problem.b, Level(eps, f, g, *near), rough)
         if level.error <= rough: break
     return level

@@ -183,6 +183,7 @@ from ot_research import solve, solve_sample
 from ot_research.geometry import DenseCost
 from ot_research.plan import Problem
 from ot_research.solvers import ipot, sinkhorn
+torch.manual_seed(0)
 C = torch.rand(50, 50)
 solve(C, reg=0.01, tol=1e-9, max_iter=1)
 solve(C, reg=0, tol=1e-9, max_iter=1)
