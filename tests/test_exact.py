@@ -48,17 +48,60 @@ def test_narrow_gaps(name, tol):
     holds(HARD[name], found)
 
 
-@pytest.mark.parametrize("seed", range(120))
-def test_random_problems(seed):
+def clusters(draw, x, y):
+    "A third of the sources is elsewhere, and two thirds of the targets"
+    for points, share in ((x, 0.3), (y, 0.6)): points += 3 * (torch.rand(len(points), 1, generator=draw) < share)
+    return PointCloud(x, y)
+
+
+def duplicates(draw, x, y):
+    return PointCloud(*(z[torch.randint(1 + len(z) // 5, (len(z),), generator=draw)] for z in (x, y)))
+
+
+def costs(change):
+    "A matrix of costs, made from that between the points"
+    return lambda draw, x, y: DenseCost(change(PointCloud(x, y).cost_rows(slice(None)), draw))
+
+
+def ties(C, draw): return torch.randint(5, C.shape, generator=draw).to(C)
+
+
+def barred(C, draw):
+    "Three pairs in ten, but for a staircase of pairs that will do for uniform weights"
+    n, m = C.shape
+    k = torch.arange(n * m)
+    closed = torch.rand(C.shape, generator=draw) < 0.3
+    closed[k // m, k // n] = False
+    return C.masked_fill(closed, torch.inf)
+
+
+SORTS = dict(
+    uniform=lambda draw, x, y: PointCloud(x, y),
+    gaussian=lambda draw, x, y: PointCloud(torch.special.ndtri(x), torch.special.ndtri(y) + 1),
+    noise=lambda draw, x, y: PointCloud(x[: len(y)], x[: len(y)] + 0.02 * y[: len(x)]),
+    clusters=clusters, duplicates=duplicates,
+    outlier=lambda draw, x, y: PointCloud(x, torch.cat([y[1:], y[:1] + 1e3])),
+    heavy_tails=lambda draw, x, y: PointCloud(1 / x, 1 / y),
+    grid=lambda draw, x, y: PointCloud((5 * x[:, :2]).round(), (5 * y[:, :2]).round()),
+    random_cost=costs(lambda C, draw: torch.rand(C.shape, generator=draw, dtype=F64)),
+    ties=costs(ties), offset=costs(lambda C, draw: C + 1e3),
+    tiny=costs(lambda C, draw: 1e-6 * C), huge=costs(lambda C, draw: 1e6 * C), forbidden=costs(barred),
+)
+
+
+@pytest.mark.parametrize("seed", range(17))
+@pytest.mark.parametrize("sort", SORTS)
+def test_random_problems(sort, seed):
+    "Of few points and of some, as many on both sides or not, uniform weights and others, one to sixteen coordinates"
     draw = torch.Generator().manual_seed(seed)
-    n, m, d = (int(torch.randint(1, top, (), generator=draw)) for top in (60, 60, 17))
-    x, y = (torch.rand(k, d, generator=draw, dtype=F64) for k in (n, m))
-    y *= 1 + seed % 3
-    a, b = (torch.rand(k, generator=draw, dtype=F64) for k in (n, m))
-    if seed % 2: a, b = (torch.where(w > 0.3, w, 0) + 1e-9 * (w == w.max()) for w in (a, b))
-    problem = Problem(PointCloud(x, y), a / a.sum(), b / b.sum())
+    most = (3, 20, 60, 60, 120)[seed % 5]
+    n, m, d = (int(torch.randint(1, top, (), generator=draw)) for top in (most, most, 17))
+    geometry = SORTS[sort](draw, *(torch.rand(k, d, generator=draw, dtype=F64) for k in (n, m)))
+    a, b = (torch.rand(k, generator=draw, dtype=F64).pow(3) + 1e-9 for k in geometry.shape)
+    uniform = seed % 3 == 0 or sort == "forbidden"
+    problem = Problem(geometry) if uniform else Problem(geometry, a / a.sum(), b / b.sum())
     found = exact(problem)
-    assert found.converged
+    assert found.converged and found.f.isfinite().all() and found.g.isfinite().all()
     holds(problem, found)
 
 
