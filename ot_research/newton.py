@@ -157,10 +157,10 @@ _LONGEST = 20.0  # step in log v
 def _line_search(kernel, a, b, at: Scaled, x: Float[Tensor, "m"]) -> Scaled:
     "The first of the steps 1, 1/2, 1/4, ... along `x` that raises the dual enough"
     step = min(1.0, _LONGEST / x.abs().max().item())
-    rise = 1e-4 * (x @ (b - at.col)).item()
+    rise, noise = 1e-4 * (x @ (b - at.col)).item(), 500 * torch.finfo(kernel.dtype).eps
     for halving in range(24):
         new = scaled(kernel, a, b, at.log_v + step * x)
-        if new.dual >= at.dual + step * rise - 1e-13: break
+        if new.dual >= at.dual + step * rise - noise: break
         step /= 2
     return new
 
@@ -202,6 +202,7 @@ def newton(
         if error < best.error: best = Solved(at.u.log(), at.log_v, error, ())
         if error <= goal or _stalled(errors): break
         rtol = min(0.1, max(error**0.5, 0.3 * goal / error))   # no more digits than the next step can use
+        lacking -= at.col * (lacking.sum() / at.col.sum())
         x, found = direction(kernel, a, b, at, lacking, rtol=rtol, factor=factor)
         failures += not found
         factor = failures >= _FAILURES and kernel.is_sparse and kernel.matrix.is_cpu
