@@ -98,7 +98,7 @@ def arrived(view: Views, g: Float[Tensor, "m"], reg: float, tol: float) -> Itera
 # %% ../nbs/core/11_annealing.ipynb #c21
 WARM = 0.01              # first strength where a coarse problem comes first, over the typical cost
 _HOT, _MANY = 0.1, 5000  # where none does; points that have one
-_CROWDED = 1000          # edges a row, too many to begin with
+_CROWDED = 2000          # edges a row, too many to begin with
 
 # %% ../nbs/core/11_annealing.ipynb #c22
 def typical_cost(geometry: Geometry) -> float:
@@ -115,11 +115,11 @@ def _coarse_start(problem: Problem, eps: float, last: float) -> tuple[float, Flo
     rows, cols = (torch.randperm(k, generator=draw)[: k // 4].to(device) for k in problem.geometry.shape)
     a, b = problem.a[rows], problem.b[cols]
     small = Problem(problem.geometry.part(rows, cols), a / a.sum(), b / b.sum(), check=False)
-    walk, _ = annealed_walks(small, eps, tol=1e-2, max_iter=20)
+    walk, _ = annealed_walks(small, eps, tol=1e-4, max_iter=20)
     share = lambda: reach_of(small.geometry, walk.f, walk.g, eps, 1e-6)[1]
     while eps > last and share() * max(problem.geometry.shape) > _CROWDED:
-        eps = below(eps, last, 4.0)
-        walk, _ = annealed_walks(small, eps, tol=1e-2, max_iter=20, init=walk.g)
+        eps = below(eps, last, 2.0)
+        walk, _ = annealed_walks(small, eps, tol=1e-4, max_iter=20, init=walk.g)
     across = problem.geometry.part(rows, slice(None)).T
     return eps, eps * half_step(across, small.a.log(), walk.f / eps, eps)
 
