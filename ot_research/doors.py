@@ -63,7 +63,7 @@ _DRAWN = 500    # points that stand for a cloud
 def _kept(problem: Problem, reg: float) -> bool:
     "Whether the pairs that carry mass at this strength fit in memory, judged by some of the points"
     shape, device = problem.geometry.shape[-2:], problem.a.device
-    if fits(shape.numel() / 16): return True
+    if fits(shape.numel() / 32): return True
     rows, cols = (torch.linspace(0, k - 1, min(k, _DRAWN), device=device).long() for k in shape)
     first = (0,) * (len(problem.geometry.shape) - 2)
     part = problem.geometry[first].part(rows, cols).to(torch.float64)
