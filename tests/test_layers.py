@@ -8,7 +8,7 @@ from runner import ROOT
 PACKAGE = ROOT / "ot_research"
 LAYERS = [["kernels"], ["geometry"], ["marginals"], ["plan"], ["scaling", "oracles", "products"],
           ["solvers", "newton", "candidates", "densities"], ["dual", "batches", "levels", "laplacian"],
-          ["annealing", "implicit"], ["exact", "connect"], ["doors", "proximal"],
+          ["annealing", "implicit"], ["exact", "connect"], ["doors", "proximal", "barycenter"],
           ["extension", "conversion", "loss"], ["apps"]]
 SIDE = ["data", "viz", "bench"]  # may import anything, and nothing above may import them
 RANK = {name: rank for rank, names in enumerate([*LAYERS, SIDE]) for name in names}
