@@ -61,7 +61,7 @@ def _at_most(n_iter: int, iterates: Iterator[Iterate]) -> tqdm:
 def _outside() -> int:
     "How many calls up the first one is that is neither ours nor PyTorch's: the line a warning should name"
     frame, depth = sys._getframe(1), 1
-    while frame.f_globals["__name__"].partition(".")[0] in ("ot_research", "torch"):
+    while frame.f_globals.get("__name__", "").partition(".")[0] in ("ot_research", "torch"):
         frame, depth = frame.f_back, depth + 1
     return depth
 

@@ -406,3 +406,12 @@ def test_the_loop_goes_on_as_long_as_it_is_asked():
     for k, now in zip(range(1, 300), iterates): assert now.t == k
     plan = Plan(problem.geometry, a.log() + now.phi, b.log() + now.psi, 0.1, F64)
     close(plan.row, a, 1e-10)
+
+
+def test_code_without_a_module_name_may_miss_a_tolerance_too():
+    problem = Problem(DenseCost(torch.rand(5, 6, dtype=torch.float64)))
+    space = {"sinkhorn": sinkhorn, "problem": problem}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec("sinkhorn(problem, reg=1e-3, max_iter=1)", space)
+    assert [w.category for w in caught] == [ConvergenceWarning]
