@@ -8,7 +8,8 @@ __all__ = ['REACH', 'FAINT', 'DIGITS', 'LARGEST', 'TINY', 'Joint', 'Factor', 'fa
 
 # %% ../nbs/core/17_laplacian.ipynb #c2
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -95,10 +96,14 @@ TINY = 256      # points a side up to which a factor costs less than steps
 @dataclass
 class Laplacian:
     "Solves for the columns; what it worked out for one density is kept"
+    kind: Callable                 # makes a density of its tensors
     factor: Factor | None = None
     joined: bool | None = None
-    batched: "Laplacian | None" = None  # the same under vmap
 
+    @cached_property
+    def batched(self) -> "Laplacian":
+        "The same under vmap"
+        return Laplacian(getattr(self.kind, "batched", self.kind))
     def solve(self, joint: Joint, rhs: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch m k"]:
         "`x` with `L x = rhs`, zero where `b` is, and of mean zero under `b` if nothing is grounded"
         if not rhs.any(): return torch.zeros_like(rhs)
@@ -127,9 +132,9 @@ def _small(laplacian: Laplacian, joint: Joint, rhs: Float[Tensor, "*batch m k"])
 def _large(laplacian: Laplacian, joint: Joint, rhs: Float[Tensor, "*batch m k"]) -> Tensor:
     "One right-hand side after the other"
     if rhs.ndim > 2:
-        part = lambda k: Joint(type(joint.K)(*(t if t is None else t[k] for t in joint.K)),
-                               *(t if t is None else t[k] for t in joint[1:]))
-        return torch.stack([_large(laplacian, part(k), one) for k, one in enumerate(rhs)])
+        one = lambda t, k: t if t is None else t[k]
+        part = lambda k: Joint(type(joint.K)(*(t[k] for t in joint.K.parts)), *(one(t, k) for t in joint[1:]))
+        return torch.stack([_large(laplacian, part(k), r) for k, r in enumerate(rhs)])
     sparse = getattr(joint.K.fast(), "is_sparse", False)
     factors = sparse and bool((joint.a > 0).all() and (joint.b > 0).all())
     rounds = ((False, 300), *((factors, 300),) * 6)
@@ -144,30 +149,28 @@ def _large(laplacian: Laplacian, joint: Joint, rhs: Float[Tensor, "*batch m k"])
 class LaplacianSolve(torch.autograd.Function):
     "A linear, symmetric map of the last argument; the others are constants"
     @staticmethod
-    def forward(laplacian, kind, *tensors):
-        *kernel, a, b, row, ground, rhs = tensors
-        return laplacian.solve(Joint(kind(*kernel), a, b, row, ground), rhs)
+    def forward(laplacian, *tensors):
+        *parts, a, b, row, ground, rhs = tensors
+        return laplacian.solve(Joint(laplacian.kind(*parts), a, b, row, ground), rhs)
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.laplacian, ctx.kind, *constants, _ = inputs
+        ctx.laplacian, *constants, _ = inputs
         ctx.save_for_backward(*constants)
         ctx.save_for_forward(*constants)
     @staticmethod
     def backward(ctx, cotangent):
-        nothing = [None] * (2 + len(ctx.saved_tensors))
-        return *nothing, LaplacianSolve.apply(ctx.laplacian, ctx.kind, *ctx.saved_tensors, cotangent)
+        nothing = [None] * (1 + len(ctx.saved_tensors))
+        return *nothing, LaplacianSolve.apply(ctx.laplacian, *ctx.saved_tensors, cotangent)
     @staticmethod
     def jvp(ctx, *tangents):
         refuse_nested_forward()
-        return LaplacianSolve.apply(ctx.laplacian, ctx.kind, *ctx.saved_tensors, tangents[-1])
+        return LaplacianSolve.apply(ctx.laplacian, *ctx.saved_tensors, tangents[-1])
     @staticmethod
-    def vmap(info, dims, laplacian, kind, *tensors):
+    def vmap(info, dims, laplacian, *tensors):
         *constants, rhs = tensors
-        if any(d is not None for d in dims[2:-1]):
-            laplacian.batched = laplacian.batched or Laplacian()
-            tensors = in_front(info.batch_size, dims[2:], tensors)
-            return LaplacianSolve.apply(laplacian.batched, kind, *tensors), 0
-        x = LaplacianSolve.apply(laplacian, kind, *constants, rhs.movedim(dims[-1], -1).flatten(-2))
+        if any(d is not None for d in dims[1:-1]):
+            return LaplacianSolve.apply(laplacian.batched, *in_front(info.batch_size, dims[1:], tensors)), 0
+        x = LaplacianSolve.apply(laplacian, *constants, rhs.movedim(dims[-1], -1).flatten(-2))
         return x.unflatten(-1, (-1, info.batch_size)), x.ndim
 
 # %% ../nbs/core/17_laplacian.ipynb #c32
@@ -202,13 +205,19 @@ class MarginalSystem:
     K: Table | Cloud
     a: Float[Tensor, "*batch n"]
     b: Float[Tensor, "*batch m"]
-    row: Float[Tensor, "*batch n"]                      # K b
-    col: Float[Tensor, "*batch m"]                      # K' a
-    give: tuple[Float[Tensor, ""], Float[Tensor, ""]] | None = None  # eps / rho of both sides
-    laplacian: Laplacian = field(default_factory=Laplacian)
+    give: tuple[Float[Tensor, ""], Float[Tensor, ""]] | None  # eps / rho of both sides; None: exact marginals
+    laplacian: Laplacian
 
     @property
-    def tensors(self): return *self.K, self.a, self.b, self.row, self.col, *(self.give or (None, None))
+    def tensors(self): return *self.K.parts, self.a, self.b, *(self.give or (None, None))
+    @cached_property
+    def row(self) -> Float[Tensor, "*batch n"]:
+        "What leaves, relative to what should"
+        return times(self.K, self.b)
+    @cached_property
+    def col(self) -> Float[Tensor, "*batch m"]:
+        "What arrives, relative to what should"
+        return times(self.K.T, self.a)
     @cached_property
     def _diagonals(self):
         row, col = self.give or (0, 0)
@@ -216,6 +225,6 @@ class MarginalSystem:
     def _columns(self, rhs: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
         row, col = self.give or (0, 0)
         ground = (row + col + row * col) * self.b * self.col if self.give else None
-        given = *self.K, self.a, self.b, self.row, ground, (rhs * (1 + row)).unsqueeze(-1)
-        return LaplacianSolve.apply(self.laplacian, type(self.K), *given).squeeze(-1)
+        given = *self.K.parts, self.a, self.b, self.row, ground, (rhs * (1 + row)).unsqueeze(-1)
+        return LaplacianSolve.apply(self.laplacian, *given).squeeze(-1)
     solve, solve_transposed = _solve, _solve_transposed
