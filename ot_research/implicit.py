@@ -208,7 +208,8 @@ def _first(self: "Attached") -> tuple[Tensor, Tensor]:
 
 def _moves(self: "Attached") -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch m"]]:
     "Two chord steps, over `eps`: zero, with the derivatives of the potentials"
-    first, move = _first(self), lambda rhs: tuple(-t for t in Move.apply(self._laplacian, *self._frozen, *rhs))
+    move = lambda rhs: tuple(-t for t in Move.apply(self._laplacian, *self._frozen, *rhs))
+    first = _first(self)
     given = *self.K.parts, self.a, self.b, *self._give, *move(first)
     more = Postponed.apply(_both_beyond, self._laplacian, 2, *given)
     return move([t + d for t, d in zip(first, more)])
