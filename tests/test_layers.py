@@ -6,7 +6,7 @@ import pytest
 from runner import ROOT
 
 PACKAGE = ROOT / "ot_research"
-LAYERS = [["kernels"], ["geometry"], ["marginals"], ["plan"], ["scaling", "oracles", "products"],
+LAYERS = [["kernels"], ["geometry"], ["grids", "marginals"], ["plan"], ["scaling", "oracles", "products"],
           ["solvers", "newton", "candidates", "densities"], ["dual", "batches", "levels", "laplacian"],
           ["annealing", "implicit"], ["exact", "connect"], ["doors", "proximal", "barycenter"],
           ["extension", "conversion", "loss"], ["apps"]]
