@@ -13,6 +13,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'ot_research/annealing.py'),
                                        'ot_research.annealing.approach': ('core/annealing.html#approach', 'ot_research/annealing.py'),
                                        'ot_research.annealing.arrived': ('core/annealing.html#arrived', 'ot_research/annealing.py'),
+                                       'ot_research.annealing.at_hand': ('core/annealing.html#at_hand', 'ot_research/annealing.py'),
                                        'ot_research.annealing.beginning': ('core/annealing.html#beginning', 'ot_research/annealing.py'),
                                        'ot_research.annealing.newton_sinkhorn': ( 'core/annealing.html#newton_sinkhorn',
                                                                                   'ot_research/annealing.py'),
