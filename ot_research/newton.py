@@ -99,11 +99,12 @@ def _tree(P: csr_array, share) -> csr_array:
 def _backbone(
     P: csr_array,  # a plan
     row, col,      # its sums, as arrays
+    entries: int = _BACKBONE,
 ) -> csr_array:
     "The plan without all but its largest entries, as shares of their row or column, and a tree that spans it"
     share = P.data / np.minimum(np.repeat(row, np.diff(P.indptr)), col[P.indices])
-    wide, share = _largest(P, share, 4 * _BACKBONE * max(P.shape))
-    few, shares = _largest(wide, share, _BACKBONE * max(P.shape))
+    wide, share = _largest(P, share, 4 * entries * max(P.shape))
+    few, shares = _largest(wide, share, entries * max(P.shape))
     few.data[shares < _NOISE] = 0
     few.eliminate_zeros()
     return few.maximum(_tree(wide, share))
@@ -119,10 +120,21 @@ def _laplacian_solver(P: csr_array, col) -> Callable:
     return lambda r: torch.from_numpy(factors.solve(r.numpy()))
 
 # %% ../nbs/core/08_newton.ipynb #c25
-_CG_STEPS = {False: 100, True: 300}  # without and with factors
-_FAILURES = 2                         # to find a direction within them, before factors are made
+_CROWDED, _REGIONS = 64, 256  # entries a row from which a plan has regions; how many
 
-# %% ../nbs/core/08_newton.ipynb #c26
+def _region_solver(P: csr_array, col, count: int) -> Callable:
+    "The correction, constant on each region, that the Laplacian between the regions asks for"
+    rows = np.linspace(0, P.shape[0] - 1, min(count, P.shape[0])).astype(int)
+    nearest = np.unique(P[rows].argmax(axis=0), return_inverse=True)[1]
+    joined = csr_array((np.ones(P.shape[1]), nearest, np.arange(P.shape[1] + 1)))
+    solve, region = _laplacian_solver(P @ joined, joined.T @ col), torch.from_numpy(nearest)
+    return lambda r: solve(torch.bincount(region, r))[region]
+
+# %% ../nbs/core/08_newton.ipynb #c27
+_CG_STEPS = 100, 300       # without and with factors
+_FAILURES, _FINEST = 2, 8  # to find a direction within them, before factors are made; and how fine at most
+
+# %% ../nbs/core/08_newton.ipynb #c28
 def direction(
     kernel,  # that multiplies: `Stored`, or a stream
     a: Float[Tensor, "n"],
@@ -131,7 +143,7 @@ def direction(
     lacking: Float[Tensor, "m"],  # mass of the columns that is missing: the right-hand side
     *,
     rtol: float,
-    factor: bool = False,         # precondition by the factors of the backbone
+    factor: int = 0,              # precondition by factors, so many times finer than the coarsest
     max_iter: int | None = None,  # steps of conjugate gradients; 100, or 300 with factors
 ) -> tuple[Float[Tensor, "m"], bool]:
     "Newton's direction in `log_v`, and whether conjugate gradients found it"
@@ -144,16 +156,18 @@ def direction(
         K, col = kernel.scipy(), at.col.numpy()
         mass = np.repeat(av.numpy(), np.diff(K.indptr)) * K.data * bv.numpy()[K.indices]
         P = csr_array((mass, K.indices, K.indptr), K.shape)
-        solve = _laplacian_solver(_backbone(P, a.numpy(), col), col)
-        precondition = lambda r: root * solve(root * r)
-    most = max_iter or _CG_STEPS[factor]
+        crowded = K.nnz > _CROWDED * max(K.shape)
+        if crowded: solve = _region_solver(P, col, _REGIONS * factor)
+        else: solve = _laplacian_solver(_backbone(P, a.numpy(), col, _BACKBONE * factor), col)
+        precondition = lambda r: torch.addcmul(r if crowded else 0 * r, root, solve(root * r))
+    most = max_iter or _CG_STEPS[factor > 0]
     x, found = conjugate_gradients(apply, lacking / root, precondition, rtol=rtol, max_iter=most)
     return x / root, found
 
-# %% ../nbs/core/08_newton.ipynb #c31
+# %% ../nbs/core/08_newton.ipynb #c33
 _LONGEST = 20.0  # step in log v
 
-# %% ../nbs/core/08_newton.ipynb #c32
+# %% ../nbs/core/08_newton.ipynb #c34
 def _line_search(kernel, a, b, at: Scaled, x: Float[Tensor, "m"]) -> Scaled:
     "The first of the steps 1, 1/2, 1/4, ... along `x` that raises the dual enough"
     step = min(1.0, _LONGEST / x.abs().max().item())
@@ -164,7 +178,7 @@ def _line_search(kernel, a, b, at: Scaled, x: Float[Tensor, "m"]) -> Scaled:
         step /= 2
     return new
 
-# %% ../nbs/core/08_newton.ipynb #c34
+# %% ../nbs/core/08_newton.ipynb #c36
 class Solved(NamedTuple):
     "Corrections that give `diag(a e^log_u) K diag(b e^log_v)` the marginals `a` and `b`"
     log_u: Float[Tensor, "n"]
@@ -175,12 +189,12 @@ class Solved(NamedTuple):
     @property
     def steps(self) -> int: return max(0, len(self.errors) - 1)
 
-# %% ../nbs/core/08_newton.ipynb #c35
+# %% ../nbs/core/08_newton.ipynb #c37
 def _stalled(errors: list[float]) -> bool:
     "Whether further steps would be wasted"
     return len(errors) > 10 and errors[-1] > 0.7 * errors[-6]
 
-# %% ../nbs/core/08_newton.ipynb #c36
+# %% ../nbs/core/08_newton.ipynb #c38
 _DIGITS = 80  # roundings of one number, in an error that is nothing else
 
 def newton(
@@ -193,7 +207,7 @@ def newton(
     for _ in range(3): at = _columns_scaled(kernel, a, b, at)
     at, goal = _while_fast(kernel, a, b, at, tol), max(tol, _DIGITS * torch.finfo(kernel.dtype).eps)
     best, errors = Solved(torch.zeros_like(a), torch.zeros_like(b), math.inf, ()), []
-    failures, factor = 0, False
+    failures, factor = 0, 0
     for _ in range(max_iter):
         lacking = b - at.col
         error = lacking.abs().sum().item()
@@ -205,6 +219,7 @@ def newton(
         lacking -= at.col * (lacking.sum() / at.col.sum())
         x, found = direction(kernel, a, b, at, lacking, rtol=rtol, factor=factor)
         failures += not found
-        factor = failures >= _FAILURES and kernel.is_sparse and kernel.matrix.is_cpu
+        hard = failures >= _FAILURES and kernel.is_sparse and kernel.matrix.is_cpu
+        factor = min(2 ** (failures - _FAILURES), _FINEST) if hard else 0
         at = _while_fast(kernel, a, b, _line_search(kernel, a, b, at, x), tol)
     return best._replace(errors=tuple(errors))

@@ -131,6 +131,26 @@ def test_thousands_of_points_within_the_bounds():
     holds(problem, found)
 
 
+def test_many_copies_of_few_points():
+    "Colors on a coarse lattice, thousands of points on some dozens of places: a sparse plan, feasible and as cheap"
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(k, 3, generator=draw, dtype=F64).round() for k in (2000, 1500))
+    a, b = (torch.rand(len(t), generator=draw, dtype=F64) for t in (x, y))
+    a[::7] = 0
+    problem = Problem(PointCloud(x, y), a / a.sum(), b / b.sum())
+    found = exact(problem, tol=1e-8)
+    assert found.converged and len(found.plan.edges) < 3 * (2000 + 1500)
+    holds(problem, found)
+    f, places = found.f[a > 0], x[a > 0].unique(dim=0, return_inverse=True)[1]
+    first = torch.zeros(places.max() + 1, dtype=F64).scatter_(0, places, f)
+    assert torch.equal(first[places], f)
+
+
+def test_all_points_the_same():
+    found = exact(Problem(PointCloud(torch.ones(50, 2), torch.ones(30, 2))))
+    assert found.converged and abs(found.value) < 1e-6 and len(found.plan.edges) <= 80
+
+
 def test_the_result_is_an_ordinary_one():
     problem = HARD["zero_weights"]
     result = exact(problem)
