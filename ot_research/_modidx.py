@@ -433,6 +433,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ot_research.grids._product': ('core/grids.html#_product', 'ot_research/grids.py'),
                                    'ot_research.grids._seen': ('core/grids.html#_seen', 'ot_research/grids.py'),
                                    'ot_research.grids._survey': ('core/grids.html#_survey', 'ot_research/grids.py'),
+                                   'ot_research.grids._together': ('core/grids.html#_together', 'ot_research/grids.py'),
                                    'ot_research.grids._units': ('core/grids.html#_units', 'ot_research/grids.py'),
                                    'ot_research.grids.tile_size': ('core/grids.html#tile_size', 'ot_research/grids.py'),
                                    'ot_research.grids.tiles': ('core/grids.html#tiles', 'ot_research/grids.py')},

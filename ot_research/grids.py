@@ -80,8 +80,9 @@ def tiles(
 # %% ../nbs/core/24_grids.ipynb #c22
 class Seen(NamedTuple):
     "What the pixels of many lines see"
-    weight: Float[Tensor, "t t l s"]  # of every column, over the heaviest of its tile, for each row tile
-    share: Float[Tensor, "t t l s"]   # of a column tile's sums, in those of a row
+    weight: Float[Tensor, "t t l s"]        # of every column, over the heaviest of its tile, for each row tile
+    share: Float[Tensor, "t t l s"] | None  # of the highest column tile; None if there is one alone
+    total: Float[Tensor, "t l s"]           # weights, twisted and summed
     lse: Float[Tensor, "l m"]
     tiles: Tiles
 
@@ -105,29 +106,35 @@ def _powers(bits: Tensor) -> Tensor:
     return threshold_(bits, LOWEST[bits.dtype], -math.inf).exp2_()
 
 # %% ../nbs/core/24_grids.ipynb #c24
+def _together(sums: Float[Tensor, "t t *l s"], share: Tensor | None) -> Float[Tensor, "t *l s"]:
+    "The sums over all column tiles"
+    if share is None: return sums.squeeze(1)
+    return sums.mul_(share if share.ndim == sums.ndim else share.unsqueeze(3)).sum(1)
+
 def _seen(tiles: Tiles, log_v: Float[Tensor, "l m"]) -> Seen:
     "What the pixels see of a bias"
-    score = _cut(log_v.clamp(min=FLOOR) * LOG2E, tiles, FLOOR * LOG2E) + tiles.col
+    score = _cut(log_v.clamp(min=FLOOR).mul_(LOG2E), tiles, FLOOR * LOG2E) + tiles.col
     top = score.amax(-1, keepdim=True)
-    weight, top = _powers(score.sub_(top)), top + tiles.row
-    highest = top.amax(1, keepdim=True)
-    share = _powers(top.sub_(highest))
-    total = (share * _product(weight, tiles.kernel)).sum(1, keepdim=True)
-    lse = _joined((highest + total.log2()).squeeze(1), log_v.shape[-1]) / LOG2E
-    return Seen(weight, share.div_(total), lse, tiles)
+    weight, highest, share = _powers(score.sub_(top)), top + tiles.row, None
+    if len(highest) > 1:
+        above, highest = highest, highest.amax(1, keepdim=True)
+        share = _powers(above.sub_(highest))
+    total = _together(_product(weight, tiles.kernel), share)
+    lse = _joined(total.log2().add_(highest.squeeze(1)), log_v.shape[-1]) / LOG2E
+    return Seen(weight, share, total, lse, tiles)
 
 # %% ../nbs/core/24_grids.ipynb #c25
 def _mean(seen: Seen, value: Float[Tensor, "l m k"]) -> Float[Tensor, "l m k"]:
     "Softmax averages of values"
     if not value.shape[-1]: return value
     weight = seen.weight.unsqueeze(3) * _cut(value.mT, seen.tiles, 0.0)
-    sums = _product(weight, seen.tiles.kernel) * seen.share.unsqueeze(3)
-    return _joined(sums.sum(1), value.shape[1]).mT
+    sums = _together(_product(weight, seen.tiles.kernel), seen.share)
+    return _joined(sums / seen.total.unsqueeze(2), value.shape[1]).mT
 
 def _price(seen: Seen) -> Float[Tensor, "l m"]:
     "The softmax average of the cost along the line"
-    sums = _product(seen.weight, seen.tiles.kernel * seen.tiles.price) * seen.share
-    return _joined(sums.sum(1), seen.lse.shape[-1])
+    sums = _together(_product(seen.weight, seen.tiles.kernel * seen.tiles.price), seen.share)
+    return _joined(sums / seen.total, seen.lse.shape[-1])
 
 # %% ../nbs/core/24_grids.ipynb #c31
 def _in_blocks(
@@ -137,7 +144,7 @@ def _in_blocks(
     value: Float[Tensor, "l m k"],
 ) -> tuple[Tensor, Tensor]:
     "Many lines, as many at a time as the caches hold"
-    alive = line.col.numel() if isinstance(line, Tiles) else ROWS * log_v.shape[-1]
+    alive = 4 * line.col.numel() if isinstance(line, Tiles) else ROWS * log_v.shape[-1]
     blocks = row_blocks((len(log_v), alive * (1 + value.shape[-1])), log_v.device)
     answers = (answer(line.expand((r.stop - r.start,)), log_v[r], value[r]) for r in blocks)
     return tuple(map(torch.cat, zip(*answers)))
