@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STREAMED', 'Table', 'beside', 'entry_blocks', 'streamed', 'all_entries', 'Lazy', 'Cloud', 'times', 'in_front',
-           'refuse_nested_forward', 'CloudProduct', 'there_and_back', 'Carried']
+           'refuse_nested_forward', 'CloudProduct', 'there_and_back', 'seen_from_rows', 'slopes', 'changed']
 
 # %% ../nbs/core/16_densities.ipynb #c2
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ class Table(NamedTuple):
         return (V.mT @ self.entries.mT).mT  # in a batch of V, still one product
     def dense(self): return self.entries
     def fast(self): return dense_matrix(self.entries)
-    def carried(self, a, b): return (a * times(self, b)).sum(-1)
+    def turn(self, along): return [None if t is None else t.mT for t in along]
 
 # %% ../nbs/core/16_densities.ipynb #c9
 def beside(*columns: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class Cloud(NamedTuple):
         return self if kept is None else kept.T if self.turned else kept
     @property
     def entries(self): return self.dense() if (K := self.fast()) is self else K.matrix
-    def carried(self, a, b): return Carried.apply(self.kind, [], *self.parts, a, b)
+    def turn(self, along): return [along[k] for k in (1, 0, 3, 2)]
 
 # %% ../nbs/core/16_densities.ipynb #c14
 def _along(K: Cloud, V: Float[Tensor, "*batch m k"], key: Float[Tensor, "*batch m d"]) -> Tensor:
@@ -191,7 +191,7 @@ def _push(ctx, tangents: tuple) -> Float[Tensor, "*batch n k"]:
     return alpha.unsqueeze(-1) * out + K @ (beta.unsqueeze(-1) * V + dV) + turned.sum(-1)
 
 # %% ../nbs/core/16_densities.ipynb #c32
-def there_and_back(K: Stored | Cloud, weight: Float[Tensor, "n"], v: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
+def there_and_back(K: Stored | Cloud, weight: Float[Tensor, "n"], v: Float[Tensor, "m"]) -> Tensor:
     "`K' diag(weight) K v`"
     if isinstance(K, Stored): return K.T @ (weight * (K @ v))
     total = torch.zeros_like(v)
@@ -199,44 +199,57 @@ def there_and_back(K: Stored | Cloud, weight: Float[Tensor, "n"], v: Float[Tenso
     return total
 
 # %% ../nbs/core/16_densities.ipynb #c36
-class Carried(torch.autograd.Function):
-    "The mass `a' K b`, by one streamed pass that a first derivative need not repeat"
-    @staticmethod
-    def forward(kind, seen, *tensors):
-        *parts, a, b = tensors
-        seen.append(streamed(*parts, beside(b.unsqueeze(-1) * parts[3], b)))
-        return (a * seen[0][..., -1]).sum(-1)
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.kind, ctx.seen, *inputs = inputs
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-    @staticmethod
-    def backward(ctx, cotangent):
-        slopes = _slopes(ctx, ctx.needs_input_grad[2:])
-        scaled = lambda t: t if t is None else cotangent[(...,) + (None,) * (t.ndim - cotangent.ndim)] * t
-        return None, None, *map(scaled, slopes)
-    @staticmethod
-    def jvp(ctx, *tangents):
-        refuse_nested_forward()
-        moved = [t is not None for t in tangents[2:]]
-        terms = [s * t for s, t in zip(_slopes(ctx, moved), tangents[2:]) if t is not None]
-        return sum(t.flatten(ctx.saved_tensors[4].ndim - 1).sum(-1) for t in terms)
-    @staticmethod
-    def vmap(info, dims, kind, seen, *tensors):
-        return Carried.apply(kind.batched, seen, *in_front(info.batch_size, dims[2:], tensors)), 0
+def _weighed(w: Float[Tensor, "*batch m"], points: Float[Tensor, "*batch m d"]) -> Tensor:
+    "Points times their weights, and the weights"
+    return beside(w.unsqueeze(-1) * points, w)
+
+def seen_from_rows(K: Table | Cloud, b: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch n k"]:
+    "All that slopes of the rows need; `K b` comes last"
+    return K @ (_weighed(b, K.key) if isinstance(K, Cloud) else b.unsqueeze(-1))
 
 # %% ../nbs/core/16_densities.ipynb #c37
-def _slopes(ctx, needed: Sequence[bool]) -> tuple:
-    "Slopes of the mass in alpha, beta, query, key, a and b"
-    *parts, a, b = ctx.saved_tensors
-    again = torch.is_grad_enabled()
-    K = Cloud(*parts, ctx.kind if again else STREAMED)
-    columns = lambda w, points: beside(w.unsqueeze(-1) * points, w)
-    seen = K @ columns(b, K.key) if again else ctx.seen[0]
-    back = K.T @ columns(a, K.query) if needed[1] or needed[3] or needed[5] else None
-    wanted = lambda k, slope: slope() if needed[k] else None
-    return (wanted(0, lambda: a * seen[..., -1]), wanted(1, lambda: b * back[..., -1]),
-            wanted(2, lambda: a.unsqueeze(-1) * seen[..., :-1]),
-            wanted(3, lambda: b.unsqueeze(-1) * back[..., :-1]),
-            wanted(4, lambda: seen[..., -1]), wanted(5, lambda: back[..., -1]))
+def slopes(K: Table | Cloud, a: Tensor, b: Tensor, seen: Tensor, needed: Sequence) -> list[Tensor | None]:
+    "Slopes of the mass in the parts of the density, in a and in b, where they are needed"
+    cloud, sums, col = isinstance(K, Cloud), seen[..., -1], lambda w: w.unsqueeze(-1)
+    if needed[-1] or cloud and (needed[1] or needed[3]):
+        back = K.T @ (_weighed(a, K.query) if cloud else col(a))
+    found = [lambda: sums, lambda: back[..., -1]]
+    if cloud: found = [lambda: a * sums, lambda: b * back[..., -1], lambda: col(a) * seen[..., :-1],
+                       lambda: col(b) * back[..., :-1], *found]
+    else: found = [lambda: col(a) * b.unsqueeze(-2), *found]
+    return [slope() if wanted else None for slope, wanted in zip(found, needed)]
+
+# %% ../nbs/core/16_densities.ipynb #c39
+def _added(*terms: Tensor | None) -> Tensor | None:
+    "The sum of those that are there"
+    there = [t for t in terms if t is not None]
+    return sum(there[1:], there[0]) if there else None
+
+def changed(
+    K: Table | Cloud,
+    along: Sequence[Tensor | None],  # tangents of the parts of K; None: zero
+    v: Float[Tensor, "*batch m"],
+    dv: Float[Tensor, "*batch m"] | None,             # tangent of v
+    weight: Float[Tensor, "*batch n"] | None = None,  # of each sum; None: 1
+    more: Float[Tensor, "*batch n"] | None = None,    # `more * K v` is added
+    seen: Float[Tensor, "*batch n k"] | None = None,  # from the rows, if it is known
+) -> Float[Tensor, "*batch n"]:
+    "Change of `K v` along tangents of everything, times the weight, and some of it added"
+    cloud, col = isinstance(K, Cloud), lambda w: w.unsqueeze(-1)
+    weight = torch.ones_like(K.alpha if cloud else K.entries[..., 0]) if weight is None else weight
+    alpha, beta, query, key = along if cloud else [None] * 4
+    rise = _added(more, None if alpha is None else weight * alpha)
+    gain = _added(dv, None if beta is None else beta * v)
+    total, pairs = torch.zeros_like(weight), []
+    if seen is not None:
+        if rise is not None: total = total + rise * seen[..., -1]
+        if query is not None: total = total + weight * (query * seen[..., :-1]).sum(-1)
+    else:
+        if rise is not None: pairs.append((col(rise), col(v)))
+        if query is not None: pairs.append((col(weight) * query, col(v) * K.key))
+    if gain is not None: pairs.append((col(weight), col(gain)))
+    if key is not None: pairs.append((col(weight) * K.query, col(v) * key))
+    if pairs:
+        left, right = (torch.cat(columns, -1) for columns in zip(*pairs))
+        total = total + (left * (K @ right)).sum(-1)
+    return total if cloud or along[0] is None else total + weight * times(Table(along[0]), v)

@@ -122,6 +122,7 @@ class Laplacian:
     kind: Callable                 # makes a density of its tensors
     factor: Factor | None = None
     joined: bool | None = None
+    seen: Float[Tensor, "*batch n k"] | None = None  # from the rows, by a pass over all pairs
 
     @cached_property
     def batched(self) -> "Laplacian":
