@@ -126,7 +126,8 @@ def reach_of(
     if most < ALL:
         ordered = slack.flatten().sort().values
         nearest = lambda k: ordered[int(k / len(g) * len(ordered))].item() if k < len(g) else ALL
-        reach = min(reach, max(nearest(most), min(_CLOSE, nearest(EDGES / len(f)))))
+        limit = EDGES / len(f)
+        reach = min(reach, max(nearest(min(most, limit)), min(_CLOSE, nearest(limit))))
     return reach, (slack < reach).double().mean().item()
 
 # %% ../nbs/core/09_candidates.ipynb #c34
