@@ -5,6 +5,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ot_research.annealing._coarse_start': ( 'core/annealing.html#_coarse_start',
                                                                                 'ot_research/annealing.py'),
                                        'ot_research.annealing._everywhere': ('core/annealing.html#_everywhere', 'ot_research/annealing.py'),
+                                       'ot_research.annealing._gathered': ('core/annealing.html#_gathered', 'ot_research/annealing.py'),
                                        'ot_research.annealing._logged': ('core/annealing.html#_logged', 'ot_research/annealing.py'),
                                        'ot_research.annealing._renewed': ('core/annealing.html#_renewed', 'ot_research/annealing.py'),
                                        'ot_research.annealing._starts': ('core/annealing.html#_starts', 'ot_research/annealing.py'),

@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .candidates import (
     DENSE, Views, balanced, candidates, columns_balanced, dense_kernel, reach_of, sampled_rows,
     sparse_kernel, sweep, views)
-from .geometry import DenseCost, Factored, Geometry
+from .geometry import DenseCost, Factored, Geometry, PointCloud
 from .kernels import row_blocks
 from .levels import Pace, below, descend, level_at, paces
 from .newton import direction, newton, scaled
@@ -110,11 +110,23 @@ def typical_cost(geometry: Geometry) -> float:
     return mean or geometry.survey.largest.item() or 1.0
 
 # %% ../nbs/core/11_annealing.ipynb #c23
+def _gathered(
+    points: Float[Tensor, "n d"], weight: Float[Tensor, "n"],
+    chosen: Int[Tensor, "k"],
+) -> Float[Tensor, "k"]:
+    "Weights of the chosen points, when each of the others gives its own to the nearest of them"
+    near = PointCloud(points.float(), points[chosen].float())
+    nearest = [near.cost_rows(rows).argmin(-1) for rows in row_blocks(near.shape, points.device)]
+    return torch.bincount(torch.cat(nearest), weight, len(chosen)) + 1e-3 * weight[chosen]
+
+# %% ../nbs/core/11_annealing.ipynb #c24
 def _coarse_start(problem: Problem, eps: float, last: float) -> tuple[float, Float[Tensor, "m"]]:
     "A strength whose plan is sparse, and target potentials there, from a random quarter of the points"
     draw, device = torch.Generator().manual_seed(0), problem.a.device
     rows, cols = (torch.randperm(k, generator=draw)[: k // 4].to(device) for k in problem.geometry.shape)
-    a, b = problem.a[rows], problem.b[cols]
+    a, b, cloud = problem.a[rows], problem.b[cols], problem.geometry
+    if isinstance(cloud, PointCloud):
+        a, b = _gathered(cloud.x, problem.a, rows), _gathered(cloud.y, problem.b, cols)
     small = Problem(problem.geometry.part(rows, cols), a / a.sum(), b / b.sum(), check=False)
     walk, _ = annealed_walks(small, eps, tol=1e-4, max_iter=20)
     share = lambda: reach_of(small.geometry, walk.f, walk.g, eps, 1e-6)[1]
@@ -124,17 +136,17 @@ def _coarse_start(problem: Problem, eps: float, last: float) -> tuple[float, Flo
     across = problem.geometry.part(rows, slice(None)).T
     return eps, eps * half_step(across, small.a.log(), walk.f / eps, eps)
 
-# %% ../nbs/core/11_annealing.ipynb #c24
+# %% ../nbs/core/11_annealing.ipynb #c25
 def beginning(problem: Problem, last: float) -> tuple[float, Float[Tensor, "m"]]:
     "A first strength, not below the last, and a target potential there"
     unit = typical_cost(problem.geometry)
     if min(problem.geometry.shape) < _MANY: return max(_HOT * unit, last), torch.zeros_like(problem.b)
     return _coarse_start(problem, max(WARM * unit, last), last)
 
-# %% ../nbs/core/11_annealing.ipynb #c27
+# %% ../nbs/core/11_annealing.ipynb #c28
 _PATIENCE = 12  # walks at the last strength without halving the error
 
-# %% ../nbs/core/11_annealing.ipynb #c28
+# %% ../nbs/core/11_annealing.ipynb #c29
 def _starts(problem: Problem, reg: float, g: Float[Tensor, "m"] | None) -> Iterator[tuple]:
     "Where to begin, and at which pace; the next if the one before did not arrive"
     usual, careful = paces(problem)
@@ -150,7 +162,7 @@ def _logged(walks: Iterator[Walk], log: list, max_iter: int) -> Iterator[Walk]:
         log.append((len(log) + 1, walk.eps, walk.error))
         yield walk
 
-# %% ../nbs/core/11_annealing.ipynb #c29
+# %% ../nbs/core/11_annealing.ipynb #c30
 def annealed_walks(
     problem: Problem,  # in float64, of mass 1, and every point carries some
     reg: float,
@@ -171,7 +183,7 @@ def annealed_walks(
             if len(errors) > _PATIENCE and not min(errors[-_PATIENCE:]) < min(errors[:-_PATIENCE]) / 2: break
     return best or walk, tuple(log)
 
-# %% ../nbs/core/11_annealing.ipynb #c33
+# %% ../nbs/core/11_annealing.ipynb #c34
 _READ, _FEW = 128, 2**24  # coordinates from which costs are better read than computed; pairs up to which they are
 
 def at_hand(geometry: Geometry) -> Geometry:
@@ -182,7 +194,7 @@ def at_hand(geometry: Geometry) -> Geometry:
     for rows in row_blocks(C.shape, C.device): C[rows] = geometry.cost_rows(rows)
     return DenseCost(C)
 
-# %% ../nbs/core/11_annealing.ipynb #c36
+# %% ../nbs/core/11_annealing.ipynb #c37
 def supported(problem: Problem) -> tuple[Problem, Bool[Tensor, "n"], Bool[Tensor, "m"]]:
     "The problem in float64 and of mass 1, on the points that carry mass; and which those are"
     wide = problem.to(torch.float64)
@@ -191,7 +203,7 @@ def supported(problem: Problem) -> tuple[Problem, Bool[Tensor, "n"], Bool[Tensor
     a, b = wide.a[rows] / wide.mass, wide.b[cols] / wide.mass
     return Problem(at_hand(geometry), a, b, check=False), rows, cols
 
-# %% ../nbs/core/11_annealing.ipynb #c37
+# %% ../nbs/core/11_annealing.ipynb #c38
 def _everywhere(
     problem: Problem, walk: Walk,
     rows: Bool[Tensor, "n"], cols: Bool[Tensor, "m"],  # the support, where the walk was
@@ -205,7 +217,7 @@ def _everywhere(
     f = torch.where(rows, f, eps * half_step(wide.geometry, log_b, g / eps, eps))
     return f, torch.where(cols, g, eps * half_step(wide.geometry.T, log_a, f / eps, eps))
 
-# %% ../nbs/core/11_annealing.ipynb #c38
+# %% ../nbs/core/11_annealing.ipynb #c39
 def one_by_one(solve: Callable[[Problem, tuple], OTResult], problem: Problem) -> OTResult:
     "The problems of a batch in turn, as one result, whose log is that of the longest"
     shape = problem.geometry.shape
@@ -221,7 +233,7 @@ def one_by_one(solve: Callable[[Problem, tuple], OTResult], problem: Problem) ->
     f, g = (together([getattr(one, side) for one in found]) for side in "fg")
     return replace(longest, problem=problem, f=f, g=g, eps=max(one.eps for one in found), proof=proof)
 
-# %% ../nbs/core/11_annealing.ipynb #c39
+# %% ../nbs/core/11_annealing.ipynb #c40
 @torch.no_grad()
 def newton_sinkhorn(
     problem: Problem,

@@ -74,7 +74,7 @@ def _astray(geometry: Geometry, b: Float[Tensor, "m"], level: Level) -> bool:
     return sent.clamp(max=10).mean().item() > _MUCH
 
 # %% ../nbs/core/12_exact.ipynb #c21
-_DEEP, _AGAIN = 64.0, 3  # strengths that one set of edges serves; sets of edges to get the first of them right
+_DEEP, _AGAIN = 64.0, 3  # strengths that one set of edges serves; sets that the first level may take
 
 def _deepened(view: Views, g: Float[Tensor, "m"], eps: float, tol: float, pace: Pace) -> Level:
     "Look at all the pairs at `eps`, and solve as far below as the edges found there allow"
