@@ -1,13 +1,14 @@
 "Barycenters: near the linear program's on lines and images, exact in the corner cases, in two vectors a measure"
 import math
-import tracemalloc
 
 import ot
 import pytest
 import torch
 
 from ot_research.barycenter import debiased_barycenter, free_barycenter, ipot_barycenter, sinkhorn_barycenter
+from ot_research.bench import extra_memory
 from ot_research.geometry import DenseCost, PointCloud
+from ot_research.grids import Grid
 from ot_research.oracles import barycenter_program
 from ot_research.plan import ConvergenceWarning
 from ot_research.scaling import over_relaxed
@@ -168,6 +169,34 @@ def test_any_geometry_and_other_points_than_the_histograms(as_installed):
     assert bounds.lower <= optimum <= bounds.upper <= 1.01 * optimum
     own = PointCloud(x, torch.stack([y, y, y]))  # every measure may bring its own points
     torch.testing.assert_close(ipot_barycenter(own, hists, beta=0.1, n_iter=2000).q, streamed.q, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("sides, p", [((9, 14), 2), ((14, 9), 1), ((4, 5, 6), 2)])
+def test_grids_that_are_not_square(sides, p, as_installed):
+    n = math.prod(sides)
+    hists = torch.rand(3, n, dtype=F64, generator=torch.Generator().manual_seed(0))
+    hists = torch.where(hists < 0.6, 0, hists)
+    hists = hists / hists.sum(-1, keepdim=True)
+    grid = Grid(sides, p, 0.1, dtype=F64)
+    stored = DenseCost(grid.cost_rows(slice(None)))
+    for solver in (lambda *given: ipot_barycenter(*given, beta=0.1, n_iter=300),
+                   lambda *given: sinkhorn_barycenter(*given, reg=0.01, tol=0.0, max_iter=50),
+                   lambda *given: debiased_barycenter(*given, reg=0.01, tol=0.0, max_iter=50)):
+        ours, theirs = solver(grid, hists), solver(stored, hists)
+        torch.testing.assert_close(ours.q, theirs.q, atol=1e-11, rtol=1e-7)
+        for one, other in zip(ours.certificate().__dict__.values(), theirs.certificate().__dict__.values()):
+            if one is not None: torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-7)
+    single = ipot_barycenter(Grid(sides, p, 0.1), hists.float(), beta=0.1, n_iter=50)
+    assert single.q.dtype == torch.float32
+    torch.testing.assert_close(single.q.double(), ipot_barycenter(grid, hists, beta=0.1, n_iter=50).q, atol=1e-5, rtol=0)
+
+
+def test_fifty_images_take_little_memory(as_installed):
+    "Dense plans of 50 images of 50 x 50 pixels would need 2.5 GB"
+    hists = torch.rand(50, 2500, dtype=F64)
+    hists = hists / hists.sum(-1, keepdim=True)
+    extra = extra_memory(lambda: ipot_barycenter(Grid((50, 50), spacing=1 / 49, dtype=F64), hists, beta=0.02, n_iter=20))
+    assert math.isnan(extra) or extra < 200e6
 
 
 def test_a_batch_is_its_members():
