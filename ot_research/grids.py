@@ -21,11 +21,11 @@ from torch.nn.functional import pad, threshold_
 from .geometry import DenseCost, PointCloud, Survey, asks_its_form, size_flaw
 from .kernels import FLOOR, LOG2E, LOWEST, ROWS, nothing_seen, row_blocks
 
-# %% ../nbs/core/24_grids.ipynb #c9
+# %% ../nbs/core/24_grids.ipynb #c10
 RANGE = {dtype: math.log2(torch.finfo(dtype).eps) - 12 - lowest for dtype, lowest in LOWEST.items()}  # bits
 _FEWEST = 8  # pixels of a tile that are worth a matrix product
 
-# %% ../nbs/core/24_grids.ipynb #c10
+# %% ../nbs/core/24_grids.ipynb #c11
 def tile_size(
     pixels: int,  # of a line
     p: float,     # exponent of the cost, from 1 to 2
@@ -38,12 +38,12 @@ def tile_size(
     size = math.ceil(pixels / count)
     return size if size >= min(_FEWEST, pixels) else 1
 
-# %% ../nbs/core/24_grids.ipynb #c14
+# %% ../nbs/core/24_grids.ipynb #c15
 def _power(x: Tensor, p: float) -> Tensor:
     "`|x|^p`"
     return x.square() if p == 2 else x.abs().pow(p)
 
-# %% ../nbs/core/24_grids.ipynb #c15
+# %% ../nbs/core/24_grids.ipynb #c16
 class Tiles(NamedTuple):
     "The cost along a line, cut into tiles; by row tile, column tile and pixel"
     row: Float[Tensor, "t t 1 s"]     # minus its row terms over eps, in bits
@@ -57,7 +57,7 @@ class Tiles(NamedTuple):
         return _mean(seen, value), seen.lse
     def mean_cost(self, log_v, eps): return _price(_seen(self, log_v))
 
-# %% ../nbs/core/24_grids.ipynb #c16
+# %% ../nbs/core/24_grids.ipynb #c17
 def tiles(
     pixels: int,
     size: int,     # of a tile
@@ -77,7 +77,7 @@ def tiles(
     parts = -bits * (row + most), -bits * col.mT, (bits * (most - twist)).exp2_(), unit * cost
     return Tiles(*(part.to(like.dtype) for part in parts))
 
-# %% ../nbs/core/24_grids.ipynb #c22
+# %% ../nbs/core/24_grids.ipynb #c23
 class Seen(NamedTuple):
     "What the pixels of many lines see"
     weight: Float[Tensor, "t t l s"]        # of every column, over the heaviest of its tile, for each row tile
@@ -86,7 +86,7 @@ class Seen(NamedTuple):
     lse: Float[Tensor, "l m"]
     tiles: Tiles
 
-# %% ../nbs/core/24_grids.ipynb #c23
+# %% ../nbs/core/24_grids.ipynb #c24
 def _cut(lines: Float[Tensor, "*l m"], tiles: Tiles, fill: float) -> Float[Tensor, "t *l s"]:
     "Lines in tiles, the last filled up"
     t, s = tiles.kernel.shape[1:3]
@@ -105,7 +105,7 @@ def _powers(bits: Tensor) -> Tensor:
     "Powers of two, and zeros for those that do not count"
     return threshold_(bits, LOWEST[bits.dtype], -math.inf).exp2_()
 
-# %% ../nbs/core/24_grids.ipynb #c24
+# %% ../nbs/core/24_grids.ipynb #c25
 def _together(sums: Float[Tensor, "t t *l s"], share: Tensor | None) -> Float[Tensor, "t *l s"]:
     "The sums over all column tiles"
     if share is None: return sums.squeeze(1)
@@ -123,7 +123,7 @@ def _seen(tiles: Tiles, log_v: Float[Tensor, "l m"]) -> Seen:
     lse = _joined(total.log2().add_(highest.squeeze(1)), log_v.shape[-1]) / LOG2E
     return Seen(weight, share, total, lse, tiles)
 
-# %% ../nbs/core/24_grids.ipynb #c25
+# %% ../nbs/core/24_grids.ipynb #c26
 def _mean(seen: Seen, value: Float[Tensor, "l m k"]) -> Float[Tensor, "l m k"]:
     "Softmax averages of values"
     if not value.shape[-1]: return value
@@ -136,7 +136,7 @@ def _price(seen: Seen) -> Float[Tensor, "l m"]:
     sums = _together(_product(seen.weight, seen.tiles.kernel * seen.tiles.price), seen.share)
     return _joined(sums / seen.total, seen.lse.shape[-1])
 
-# %% ../nbs/core/24_grids.ipynb #c31
+# %% ../nbs/core/24_grids.ipynb #c32
 def _in_blocks(
     line: Tiles | DenseCost,
     answer: Callable,  # (line, biases, values) -> values and biases
@@ -149,7 +149,7 @@ def _in_blocks(
     answers = (answer(line.expand((r.stop - r.start,)), log_v[r], value[r]) for r in blocks)
     return tuple(map(torch.cat, zip(*answers)))
 
-# %% ../nbs/core/24_grids.ipynb #c32
+# %% ../nbs/core/24_grids.ipynb #c33
 def _along_axes(
     grid: "Grid",
     lines: Callable,                   # number of an axis -> its line
@@ -171,7 +171,7 @@ def _along_axes(
         log_v = bias.view(shape).movedim(-1, axis - d)
     return value.flatten(-d - 1, -2), log_v.flatten(-d)
 
-# %% ../nbs/core/24_grids.ipynb #c33
+# %% ../nbs/core/24_grids.ipynb #c34
 def _attend(grid: "Grid", log_v, eps, value):
     "Softmax averages of the values, and the log-sum-exp, of `log_v - C / eps`"
     grid, go = grid.to(log_v.dtype), lambda line, log_v, value: line.attend(log_v, eps, value)
@@ -186,7 +186,7 @@ def _mean_cost(grid: "Grid", log_v, eps):
     grid, free = grid.to(log_v.dtype), torch.zeros_like(log_v).unsqueeze(-1)
     return _along_axes(grid, lambda axis: grid.line(axis, eps), go, log_v, free)[0].squeeze(-1)
 
-# %% ../nbs/core/24_grids.ipynb #c34
+# %% ../nbs/core/24_grids.ipynb #c35
 def _hardmin(grid: "Grid", g):
     "`min_j C_ij - g_j`, the least along one axis after another"
     grid, go = grid.to(g.dtype), lambda line, g, value: (value, -line.hardmin(g))
@@ -201,7 +201,7 @@ def _matvec(grid: "Grid", w):
         total = total + (sums @ line.C).view(*batch, *(-1 if k == axis else 1 for k in range(d)))
     return total.flatten(-d)
 
-# %% ../nbs/core/24_grids.ipynb #c36
+# %% ../nbs/core/24_grids.ipynb #c37
 def _units(grid: "Grid") -> list[float]:
     "The cost of one step along each axis"
     return [step**grid.p for step in grid.spacing]
@@ -218,7 +218,7 @@ def _line(grid: "Grid", axis: int, eps: float) -> Tiles | DenseCost:
     size = tile_size(pixels, grid.p, unit / eps, grid.dtype)
     return tiles(pixels, size, grid.p, unit, eps, like) if size > 1 else grid.axes[axis]
 
-# %% ../nbs/core/24_grids.ipynb #c37
+# %% ../nbs/core/24_grids.ipynb #c38
 def _cloud(grid: "Grid") -> PointCloud:
     "The pixels as points"
     steps = [step * torch.arange(k, dtype=grid.dtype, device=grid.device)
@@ -233,7 +233,7 @@ def _survey(grid: "Grid") -> Survey:
     largest = torch.full(grid.batch, largest, dtype=grid.dtype, device=grid.device)
     return Survey(largest, torch.zeros_like(largest, dtype=torch.bool).any())
 
-# %% ../nbs/core/24_grids.ipynb #c38
+# %% ../nbs/core/24_grids.ipynb #c39
 def _checked(sides, p, spacing) -> dict:
     "Sides and spacings as tuples of one length; raises `ValueError` or `TypeError`"
     if not isinstance(sides, (tuple, list)) or not all(isinstance(k, Integral) and k > 0 for k in sides) or not sides:
@@ -245,7 +245,7 @@ def _checked(sides, p, spacing) -> dict:
         raise ValueError(f"spacing must be a number > 0, or one for each of {len(sides)} axes, not {spacing!r}")
     return dict(sides=tuple(map(int, sides)), spacing=tuple(map(float, spacing)))
 
-# %% ../nbs/core/24_grids.ipynb #c39
+# %% ../nbs/core/24_grids.ipynb #c40
 @asks_its_form
 @dataclass(frozen=True, eq=False)
 class Grid:
