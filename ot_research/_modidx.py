@@ -529,6 +529,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ot_research.implicit._plan': ('core/implicit.html#_plan', 'ot_research/implicit.py'),
                                       'ot_research.implicit._potentials': ('core/implicit.html#_potentials', 'ot_research/implicit.py'),
                                       'ot_research.implicit._project': ('core/implicit.html#_project', 'ot_research/implicit.py'),
+                                      'ot_research.implicit._pull_back': ('core/implicit.html#_pull_back', 'ot_research/implicit.py'),
                                       'ot_research.implicit._pulled': ('core/implicit.html#_pulled', 'ot_research/implicit.py'),
                                       'ot_research.implicit._rather_streaming': ( 'core/implicit.html#_rather_streaming',
                                                                                   'ot_research/implicit.py'),

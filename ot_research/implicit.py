@@ -55,15 +55,25 @@ class Postponed(torch.autograd.Function):
         return Postponed.apply(function, laplacian.batched, order, *tensors), (0, 0)
 
 # %% ../nbs/core/18_implicit.ipynb #c12
+def _pull_back(function: Callable, inputs: Sequence[Tensor], cotangents: tuple) -> Sequence[Tensor]:
+    "Cotangents of the inputs of a function; `torch.func` loads a compiler, and is used only within itself"
+    wrapped = retrieve_all_functorch_interpreters() or any(map(is_functorch_wrapped_tensor, inputs))
+    if wrapped: return torch.func.vjp(function, *inputs)[1](cotangents)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        pairs = [pair for pair in zip(function(*own), cotangents) if pair[0].requires_grad]
+        outputs, given = zip(*pairs) if pairs else ((own[0].sum() * 0,), None)
+        return torch.autograd.grad(outputs, own, given, create_graph=again, materialize_grads=True)
+
 def _pulled(ctx, needed: Sequence[bool]) -> Callable:
     "Takes cotangents of what was postponed to those of the tensors that need one"
     saved, at = ctx.saved_tensors, [k for k, wanted in enumerate(needed) if wanted]
     def function(*some):
         given = dict(zip(at, some))
         return ctx.function(ctx.laplacian, *(given.get(k, t) for k, t in enumerate(saved)))
-    back = torch.func.vjp(function, *(saved[k] for k in at))[1]
-    likes = saved[-2:]
-    return lambda *c: back(tuple(torch.zeros_like(t) if one is None else one for one, t in zip(c, likes)))
+    full = lambda c: tuple(torch.zeros_like(t) if one is None else one for one, t in zip(c, saved[-2:]))
+    return lambda *c: tuple(_pull_back(function, [saved[k] for k in at], full(c)))
 
 # %% ../nbs/core/18_implicit.ipynb #c14
 def _missed(laplacian: Laplacian, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,8 +164,8 @@ def _curved(ctx, along: Sequence[Tensor | None], needed: Sequence[bool]) -> list
     def change(*some):
         *parts, a, b = (dict(zip(at, some)).get(k, t) for k, t in enumerate(ctx.saved_tensors[:-2]))
         K = ctx.laplacian.kind(*parts)
-        return changed(K, inside, b, gain, a, more).sum()
-    found = iter(torch.func.grad(change, argnums=tuple(range(len(at))))(*(ctx.saved_tensors[k] for k in at)))
+        return (changed(K, inside, b, gain, a, more).sum(),)
+    found = iter(_pull_back(change, [ctx.saved_tensors[k] for k in at], (a.new_ones(()),)))
     return [next(found) if wanted else None for wanted in needed]
 
 # %% ../nbs/core/18_implicit.ipynb #c22
