@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from ot_research.apps.generative import Critic, held_plan, resample, train
+from ot_research.apps.generative import Critic, held_plan, train
 from ot_research.geometry import PointCloud
 from ot_research.loss import ot_value, sinkhorn_divergence
 from ot_research.solvers import ipot
+from ot_research.training import resample
 
 entropic = partial(sinkhorn_divergence, reg=1.0)
 
