@@ -236,6 +236,15 @@ def test_a_batch_is_attached_as_a_whole():
 def loss_of_one(loss, x, y, a, b, eps, k): return loss(attached(PointCloud(x[k], y[k]), a[k], b[k], eps))
 
 
+@pytest.mark.parametrize("name, argument", CASES, ids=str)
+def test_third_derivatives_are_refused(name, argument):
+    inputs = problem(0.1)
+    t = inputs[argument].requires_grad_()
+    (slope,) = grad(LOSSES[name](*inputs.values()), t, create_graph=True)
+    (curved,) = grad(slope.sum(), t, create_graph=True)
+    with pytest.raises(NotImplementedError, match="third derivatives"): curved.square().sum().backward()
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own
 @pytest.mark.parametrize("name", ATTACHED)
 def test_function_transforms(name):
