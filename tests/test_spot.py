@@ -99,7 +99,7 @@ def test_sliced_w2_of_a_shift_is_its_mean_projection():
     seen = sliced_w2(x, x + 2 * SHIFT, directions=2000)
     torch.testing.assert_close(seen, torch.full((3,), 2 / math.sqrt(2), dtype=torch.float64), rtol=0.03, atol=0)
     assert sliced_w2(x, x[:, torch.randperm(50)]).max() < 1e-12
-    with pytest.raises(ValueError, match="one number of points"): sliced_w2(x, x[:, :-1])
+    with pytest.raises(ValueError, match="of one size and dimension"): sliced_w2(x, x[:, :-1])
 
 
 def test_correlation_is_that_of_the_textbook():
@@ -197,7 +197,7 @@ def test_costs_and_samplers_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="more than the 7 points"):
         spot([resample(torch.zeros(7, 2)), right], distance, **players(), eta=3.0, steps=1, batch=8)
     with pytest.raises(ValueError, match="rows for all runs"): Stacked([2, 1], runs=(3,))(torch.zeros(4, 2))
-    with pytest.raises(ValueError, match="two widths at least"): Stacked([2])
+    with pytest.raises(ValueError, match="a marginal and two widths"): Stacked([2])
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
