@@ -46,10 +46,10 @@ def _power(x: Tensor, p: float) -> Tensor:
 # %% ../nbs/core/24_grids.ipynb #c16
 class Tiles(NamedTuple):
     "The cost along a line, cut into tiles; by row tile, column tile and pixel"
-    row: Float[Tensor, "t t 1 s"]     # minus its row terms over eps, in bits
-    col: Float[Tensor, "t t 1 s"]     # minus its column terms over eps, in bits
-    kernel: Float[Tensor, "t t s s"]  # 2^-twist, column by row, least entry 1
-    price: Float[Tensor, "t t s s"]   # the cost itself, column by row
+    row: Float[Tensor, "t t s 1"]     # minus its row terms over eps, in bits
+    col: Float[Tensor, "t t s 1"]     # minus its column terms over eps, in bits
+    kernel: Float[Tensor, "t t s s"]  # 2^-twist, row by column, least entry 1
+    price: Float[Tensor, "t t s s"]   # the cost itself, row by column
 
     def expand(self, batch): return self  # one line serves them all
     def attend(self, log_v, eps, value):
@@ -69,7 +69,7 @@ def tiles(
     "A line, cut into tiles"
     number = lambda k: torch.arange(k, dtype=torch.float64, device=like.device)
     starts, at = size * number(math.ceil(pixels / size)), number(size) - (size - 1) / 2
-    apart, here, there = (starts[:, None] - starts)[..., None, None], at, at[:, None]
+    apart, here, there = (starts[:, None] - starts)[..., None, None], at[:, None], at
     cost = _power(apart + here - there, p)
     row, col = _power(apart + here, p), _power(apart - there, p) - _power(apart, p)
     twist = cost - row - col
@@ -80,33 +80,34 @@ def tiles(
 # %% ../nbs/core/24_grids.ipynb #c23
 class Seen(NamedTuple):
     "What the pixels of many lines see"
-    weight: Float[Tensor, "t t l s"]        # of every column, over the heaviest of its tile, for each row tile
-    share: Float[Tensor, "t t l s"] | None  # of the highest column tile; None if there is one alone
-    total: Float[Tensor, "t l s"]           # weights, twisted and summed
+    weight: Float[Tensor, "t t s l"]        # of every column, over the heaviest of its tile, for each row tile
+    share: Float[Tensor, "t t s l"] | None  # of the highest column tile; None if there is one alone
+    total: Float[Tensor, "t s l"]           # weights, twisted and summed
     lse: Float[Tensor, "l m"]
     tiles: Tiles
 
 # %% ../nbs/core/24_grids.ipynb #c24
-def _cut(lines: Float[Tensor, "*l m"], tiles: Tiles, fill: float) -> Float[Tensor, "t *l s"]:
+def _cut(lines: Float[Tensor, "l *k m"], tiles: Tiles, fill: float) -> Float[Tensor, "t s *k l"]:
     "Lines in tiles, the last filled up"
     t, s = tiles.kernel.shape[1:3]
-    return pad(lines, (0, t * s - lines.shape[-1]), value=fill).unflatten(-1, (t, s)).movedim(-2, 0).contiguous()
+    filled = pad(lines, (0, t * s - lines.shape[-1]), value=fill)
+    return filled.transpose(0, -1).unflatten(0, (t, s)).contiguous()
 
-def _joined(cut: Float[Tensor, "t *l s"], pixels: int) -> Float[Tensor, "*l m"]:
+def _joined(cut: Float[Tensor, "t s *k l"], pixels: int) -> Float[Tensor, "l *k m"]:
     "Tiles in lines"
-    return cut.movedim(0, -2).flatten(-2)[..., :pixels]
+    return cut.flatten(0, 1)[:pixels].transpose(0, -1)
 
-def _product(weight: Float[Tensor, "t t *l s"], kernel: Float[Tensor, "t t s s"]) -> Float[Tensor, "t t *l s"]:
+def _product(kernel: Float[Tensor, "t t s s"], weight: Float[Tensor, "t t s *k l"]) -> Float[Tensor, "t t s *k l"]:
     "Every pair of tiles, by a matrix product"
     t, s = kernel.shape[1:3]
-    return torch.bmm(weight.reshape(t * t, -1, s), kernel.view(t * t, s, s)).view(weight.shape)
+    return torch.bmm(kernel.view(t * t, s, s), weight.reshape(t * t, s, -1)).view(weight.shape)
 
 def _powers(bits: Tensor) -> Tensor:
     "Powers of two, and zeros for those that do not count"
     return threshold_(bits, LOWEST[bits.dtype], -math.inf).exp2_()
 
 # %% ../nbs/core/24_grids.ipynb #c25
-def _together(sums: Float[Tensor, "t t *l s"], share: Tensor | None) -> Float[Tensor, "t *l s"]:
+def _together(sums: Float[Tensor, "t t s *k l"], share: Tensor | None) -> Float[Tensor, "t s *k l"]:
     "The sums over all column tiles"
     if share is None: return sums.squeeze(1)
     return sums.mul_(share if share.ndim == sums.ndim else share.unsqueeze(3)).sum(1)
@@ -114,12 +115,12 @@ def _together(sums: Float[Tensor, "t t *l s"], share: Tensor | None) -> Float[Te
 def _seen(tiles: Tiles, log_v: Float[Tensor, "l m"]) -> Seen:
     "What the pixels see of a bias"
     score = _cut(log_v.clamp(min=FLOOR).mul_(LOG2E), tiles, FLOOR * LOG2E) + tiles.col
-    top = score.amax(-1, keepdim=True)
+    top = score.amax(-2, keepdim=True)
     weight, highest, share = _powers(score.sub_(top)), top + tiles.row, None
     if len(highest) > 1:
         above, highest = highest, highest.amax(1, keepdim=True)
         share = _powers(above.sub_(highest))
-    total = _together(_product(weight, tiles.kernel), share)
+    total = _together(_product(tiles.kernel, weight), share)
     lse = _joined(total.log2().add_(highest.squeeze(1)), log_v.shape[-1]) / LOG2E
     return Seen(weight, share, total, lse, tiles)
 
@@ -128,12 +129,12 @@ def _mean(seen: Seen, value: Float[Tensor, "l m k"]) -> Float[Tensor, "l m k"]:
     "Softmax averages of values"
     if not value.shape[-1]: return value
     weight = seen.weight.unsqueeze(3) * _cut(value.mT, seen.tiles, 0.0)
-    sums = _together(_product(weight, seen.tiles.kernel), seen.share)
+    sums = _together(_product(seen.tiles.kernel, weight), seen.share)
     return _joined(sums / seen.total.unsqueeze(2), value.shape[1]).mT
 
 def _price(seen: Seen) -> Float[Tensor, "l m"]:
     "The softmax average of the cost along the line"
-    sums = _together(_product(seen.weight, seen.tiles.kernel * seen.tiles.price), seen.share)
+    sums = _together(_product(seen.tiles.kernel * seen.tiles.price, seen.weight), seen.share)
     return _joined(sums / seen.total, seen.lse.shape[-1])
 
 # %% ../nbs/core/24_grids.ipynb #c32
@@ -144,7 +145,7 @@ def _in_blocks(
     value: Float[Tensor, "l m k"],
 ) -> tuple[Tensor, Tensor]:
     "Many lines, as many at a time as the caches hold"
-    alive = 4 * line.col.numel() if isinstance(line, Tiles) else ROWS * log_v.shape[-1]
+    alive = 2 * line.col.numel() if isinstance(line, Tiles) else ROWS * log_v.shape[-1]
     blocks = row_blocks((len(log_v), alive * (1 + value.shape[-1])), log_v.device)
     answers = (answer(line.expand((r.stop - r.start,)), log_v[r], value[r]) for r in blocks)
     return tuple(map(torch.cat, zip(*answers)))
