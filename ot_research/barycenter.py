@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import count, islice
+from itertools import count
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,21 +21,28 @@ from .exact import exact
 from .geometry import Flaw, Geometry, PointCloud, float_tensors
 from .plan import MASS_TOL, Certificate, OTResult, Problem, weight_flaws
 from .scaling import Iterate, Schedule, constant, half_step, harmonic, proportional, secant
-from .solvers import EXACT_TOL, LOOK, TOL, finished, refuse, widened
+from .solvers import EXACT_TOL, LOOK, TOL, at_most, finished, refuse, widened
 
 # %% ../nbs/core/25_barycenter.ipynb #c13
-def _flaws(hists: Float[Tensor, "*batch K m"], weights: Float[Tensor, "*batch K"]) -> list[Flaw]:
-    "Histograms must be histograms, and of one mass; weights must be a mean's"
-    masses, total = hists.sum(-1), weights.sum(-1)
+def _share_flaws(weights: Float[Tensor, "*batch K"]) -> list[Flaw]:
+    "Weights must be those of a mean"
+    total = weights.sum(-1)
+    return [*weight_flaws("weights", weights), Flaw(~((total - 1).abs() <= MASS_TOL[total.dtype]).all(), lambda: (
+        f"weights must add up to 1, not {total.flatten()[(total - 1).abs().argmax()]:.6g}; "
+        "pass weights / weights.sum(-1, keepdim=True)"))]
+
+def _mass_flaws(hists: Float[Tensor, "*batch K m"]) -> list[Flaw]:
+    "Histograms must be histograms, and of one mass"
+    masses = hists.sum(-1)
     apart = ((masses - masses[..., :1]).abs() / masses[..., :1]).amax()
-    return [
-        *weight_flaws("hists", hists), *weight_flaws("weights", weights),
-        Flaw(~(apart <= MASS_TOL[hists.dtype]), lambda: (
-            f"hists carry different masses, {[round(mass, 6) for mass in masses.flatten().tolist()]}; "
-            "pass hists / hists.sum(-1, keepdim=True)")),
-        Flaw(~((total - 1).abs() <= MASS_TOL[hists.dtype]).all(), lambda: (
-            f"weights must add up to 1, not {total.flatten()[(total - 1).abs().argmax()]:.6g}; "
-            "pass weights / weights.sum(-1, keepdim=True)"))]
+    return [*weight_flaws("hists", hists), Flaw(~(apart <= MASS_TOL[hists.dtype]), lambda: (
+        f"hists carry different masses, {[round(mass, 6) for mass in masses.flatten().tolist()]}; "
+        "pass hists / hists.sum(-1, keepdim=True)"))]
+
+def _refuse_any(flaws: list[Flaw]) -> None:
+    "Raise `ValueError` for the first flaw that is there"
+    found = torch.stack([flaw.found for flaw in flaws]).tolist()
+    if any(found): raise ValueError(flaws[found.index(True)].explain())
 
 # %% ../nbs/core/25_barycenter.ipynb #c14
 def _given(
@@ -53,9 +60,7 @@ def _given(
         raise ValueError(f"weights have shape {tuple(weights.shape)}, but there are {hists.shape[-2]} hists")
     if hists.shape[-1] != geometry.shape[-1]:
         raise ValueError(f"hists have {hists.shape[-1]} bins, but the cost has {geometry.shape[-1]} columns")
-    flaws = _flaws(hists, weights)
-    found = torch.stack([flaw.found for flaw in flaws]).tolist()
-    if any(found): raise ValueError(flaws[found.index(True)].explain())
+    _refuse_any([*_mass_flaws(hists), *_share_flaws(weights)])
     hists = hists.expand(torch.broadcast_shapes(hists.shape[:-1], weights.shape) + hists.shape[-1:])
     even = hists.sum(-1, keepdim=True) / geometry.shape[-2]
     problem = Problem(geometry, even.expand(*hists.shape[:-1], geometry.shape[-2]), hists)
@@ -169,10 +174,6 @@ def _answer(problem: Problem, weights: Tensor, step: tuple, **asked) -> Barycent
     transports = OTResult(Problem(problem.geometry, a, problem.b), f, g, now.eps, n_iter=now.t, **asked)
     return Barycenter(q.squeeze(-2).to(problem.dtype), weights, transports, off)
 
-def _at_most(n_iter: int, iterates: Iterator) -> tqdm:
-    "The first `n_iter` iterates, behind a progress bar if they take long"
-    return tqdm(islice(iterates, n_iter), total=n_iter, delay=5, leave=False, desc="barycenter")
-
 # %% ../nbs/core/25_barycenter.ipynb #c30
 @torch.no_grad()
 def ipot_barycenter(
@@ -194,7 +195,7 @@ def ipot_barycenter(
     last, before = Iterate(0, math.inf, None, psi), Iterate(-1, -beta, None, psi)
     iterates = _average(
         work, weights.to(work.dtype), harmonic(beta), secant, before=before, last=last, inner=inner)
-    for step in _at_most(n_iter, iterates):
+    for step in at_most(n_iter, iterates, "barycenter"):
         now = step[0]
         if tol and now.t % LOOK == 0:
             found = _answer(problem, weights, step, **asked)
@@ -202,7 +203,7 @@ def ipot_barycenter(
             if found.converged.all(): break
     return finished(_answer(problem, weights, step, log=tuple(log), **asked), tol)
 
-# %% ../nbs/core/25_barycenter.ipynb #c45
+# %% ../nbs/core/25_barycenter.ipynb #c46
 def _entropic(
     problem: Problem, weights: Tensor, reg: float, tol: float, max_iter: int, *,
     predict: Callable = proportional, init: tuple | None = None,
@@ -215,13 +216,13 @@ def _entropic(
     if init is not None: psi = _centered(init[0].to(work.dtype).expand(psi.shape), share) / reg
     start = Iterate(0, reg, None, psi)
     iterates = _average(work, share, constant(reg), predict, before=start, last=start, settle=settled(work))
-    for step in _at_most(max_iter, iterates):
+    for step in at_most(max_iter, iterates, "barycenter"):
         if tol:
             log.append((step[0].t, reg, step[0].error.max().item()))
             if log[-1][-1] <= 0.45 * tol: break  # mass that is missing may count twice in the marginal error
     return finished(_answer(problem, weights, step, reg=reg, tol=tol, log=tuple(log), note=note), tol)
 
-# %% ../nbs/core/25_barycenter.ipynb #c46
+# %% ../nbs/core/25_barycenter.ipynb #c47
 @torch.no_grad()
 def sinkhorn_barycenter(
     geometry: Geometry,                   # rows for the barycenter, columns for the histograms
@@ -239,7 +240,7 @@ def sinkhorn_barycenter(
     tol = TOL[problem.dtype] if tol is None else tol
     return _entropic(problem, weights, reg, tol, max_iter, predict=predict, init=init)
 
-# %% ../nbs/core/25_barycenter.ipynb #c49
+# %% ../nbs/core/25_barycenter.ipynb #c50
 def _mirrored(geometry: Geometry, work: Problem) -> Callable:
     "The debiasing of q by its transport to itself"
     log_d = even = torch.zeros_like(work.a[..., :1, :])
@@ -252,7 +253,7 @@ def _mirrored(geometry: Geometry, work: Problem) -> Callable:
         return log_q, off
     return settle
 
-# %% ../nbs/core/25_barycenter.ipynb #c50
+# %% ../nbs/core/25_barycenter.ipynb #c51
 @torch.no_grad()
 def debiased_barycenter(
     geometry: Geometry,                   # symmetric, between the points of all histograms
@@ -272,7 +273,7 @@ def debiased_barycenter(
         raise ValueError("debiasing needs one symmetric cost, between the points of all hists")
     return _entropic(problem, weights, reg, tol, max_iter, settled=partial(_mirrored, geometry))
 
-# %% ../nbs/core/25_barycenter.ipynb #c76
+# %% ../nbs/core/25_barycenter.ipynb #c77
 @dataclass(frozen=True)
 class FreeBarycenter:
     "Points between clouds, and the transports from them to each cloud"
@@ -282,7 +283,7 @@ class FreeBarycenter:
     converged: bool           # the last move would have lowered the objective by less than tol of it
     log: tuple[float, ...]    # the objective before each move
 
-# %% ../nbs/core/25_barycenter.ipynb #c77
+# %% ../nbs/core/25_barycenter.ipynb #c78
 @torch.no_grad()
 def free_barycenter(
     clouds: Float[Tensor, "K m d"],
@@ -298,6 +299,7 @@ def free_barycenter(
     "Barycenter on moving points, squared distance [Cuturi and Doucet 2014, Alg. 2]"
     refuse(tol=tol, max_iter=max_iter)
     if weights is None: weights = clouds.new_full((len(clouds),), 1 / len(clouds))
+    _refuse_any(_share_flaws(weights))
     x, log = start.to(clouds.dtype), []
     for _ in tqdm(range(max_iter), delay=5, leave=False, desc="free barycenter"):
         ways = solver(Problem(PointCloud(x, clouds), a, hists))
