@@ -225,6 +225,7 @@ def _added(*terms: Tensor | None) -> Tensor | None:
     there = [t for t in terms if t is not None]
     return sum(there[1:], there[0]) if there else None
 
+# %% ../nbs/core/16_densities.ipynb #c40
 def changed(
     K: Table | Cloud,
     along: Sequence[Tensor | None],  # tangents of the parts of K; None: zero

@@ -63,6 +63,16 @@ class Survey(NamedTuple):
     forbids: Bool[Tensor, ""]         # whether any pair is forbidden by an infinite cost
 
 # %% ../nbs/core/01_geometry.ipynb #c16
+def _walked(costs: "ByRows") -> Survey:
+    "All costs, a block of rows at a time"
+    largest, forbids = [], []
+    for rows in row_blocks(costs.shape, costs.device):
+        cost = costs.cost_rows(rows)
+        forbids.append((cost == torch.inf).any())
+        largest.append(cost.nan_to_num(nan=torch.nan, posinf=0, neginf=torch.nan).abs().amax((-2, -1)))
+    return Survey(torch.stack(largest).amax(0), torch.stack(forbids).any())
+
+# %% ../nbs/core/01_geometry.ipynb #c17
 class ByRows(NamedTuple):
     "A cost that can show its rows, and answers by blocks of them"
     cost_rows: Callable[[slice], Tensor]  # rows -> C[rows, :]
@@ -89,15 +99,9 @@ class ByRows(NamedTuple):
     def cost_at(self, i, j):
         blocks = row_blocks((len(i), self.shape[-1]), self.device)
         return torch.cat([self.cost_rows(i[k]).gather(-1, j[k].unsqueeze(-1)) for k in blocks]).squeeze(-1)
-    def survey(self):
-        largest, forbids = [], []
-        for rows in row_blocks(self.shape, self.device):
-            cost = self.cost_rows(rows)
-            forbids.append((cost == torch.inf).any())
-            largest.append(cost.nan_to_num(nan=torch.nan, posinf=0, neginf=torch.nan).abs().amax((-2, -1)))
-        return Survey(torch.stack(largest).amax(0), torch.stack(forbids).any())
+    def survey(self): return _walked(self)
 
-# %% ../nbs/core/01_geometry.ipynb #c21
+# %% ../nbs/core/01_geometry.ipynb #c22
 def asks_its_form(cls: type) -> type:
     "Give a class the questions of `Geometry` that it does not answer itself, each handed on to its `form`"
     questions = {"attend", "mean_cost", "hardmin", "matvec", "cost_rows", "cost_at"}
@@ -105,7 +109,17 @@ def asks_its_form(cls: type) -> type:
         setattr(cls, name, lambda self, *args, name=name: getattr(self.form, name)(*args))
     return cls
 
-# %% ../nbs/core/01_geometry.ipynb #c23
+# %% ../nbs/core/01_geometry.ipynb #c24
+def _written(C: Float[Tensor, "*batch n m"]) -> ByRows:
+    "The form of a matrix, which knows C alone: were it to know its geometry, each would keep the other alive"
+    return ByRows(lambda rows: C[..., rows, :], C.shape, C.device)
+
+def _turned(C: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch m n"]:
+    "The transpose, in memory; a matrix that a batch shares is copied once"
+    once = C[tuple(slice(1) if s == 0 else slice(None) for s in C.stride()[:-2])]
+    return once.mT.contiguous().expand(C.mT.shape)
+
+# %% ../nbs/core/01_geometry.ipynb #c25
 @asks_its_form
 @dataclass(frozen=True, eq=False)
 class DenseCost:
@@ -128,18 +142,11 @@ class DenseCost:
     def part(self, rows, cols): return DenseCost(self.C[..., rows, :][..., cols])
     def __getitem__(self, index): return DenseCost(self.C[index])
     def cost_at(self, i, j): return self.C[i, j]
-    @cached_property
-    def form(self):
-        C = self.C  # a function that held self would keep the matrix alive
-        return ByRows(lambda rows: C[..., rows, :], C.shape, C.device)
-    @cached_property
-    def survey(self): return self.form.survey()
-    @cached_property
-    def T(self):
-        once = self.C[tuple(slice(1) if s == 0 else slice(None) for s in self.C.stride()[:-2])]
-        return DenseCost(once.mT.contiguous().expand(self.C.mT.shape))  # a shared matrix is copied once
+    form = cached_property(lambda self: _written(self.C))
+    survey = cached_property(lambda self: self.form.survey())
+    T = cached_property(lambda self: DenseCost(_turned(self.C)))
 
-# %% ../nbs/core/01_geometry.ipynb #c25
+# %% ../nbs/core/01_geometry.ipynb #c27
 TOO_LARGE = -FLOOR / 4  # scores beyond it would pass for log 0
 
 def size_flaw(geometry: Geometry) -> Flaw:
@@ -148,14 +155,14 @@ def size_flaw(geometry: Geometry) -> Flaw:
     says = lambda: f"the cost of some pairs is NaN, or overflows {dtype}: it reaches {largest.max():.1e}"
     return Flaw(~(largest < TOO_LARGE).all(), says)
 
-# %% ../nbs/core/01_geometry.ipynb #c26
+# %% ../nbs/core/01_geometry.ipynb #c28
 def matrix_flaws(geometry: DenseCost) -> list[Flaw]:
     "NaN and -inf are no costs"
     wrong = lambda: int((geometry.C.isnan() | (geometry.C == -torch.inf)).sum())
     says = lambda: f"C has {wrong()} entries that are NaN or -inf"
     return [Flaw(geometry.survey.largest.isnan().any(), says), size_flaw(geometry)]
 
-# %% ../nbs/core/01_geometry.ipynb #c35
+# %% ../nbs/core/01_geometry.ipynb #c37
 class Factored(NamedTuple):
     "A cost of the form `row + col - query . key`, which attention can stream"
     row: Float[Tensor, "*batch n"]
@@ -185,13 +192,13 @@ class Factored(NamedTuple):
         largest = self.row.amax(-1) + self.col.amax(-1) + query * key
         return Survey(largest, torch.zeros_like(largest, dtype=torch.bool).any())
 
-# %% ../nbs/core/01_geometry.ipynb #c37
+# %% ../nbs/core/01_geometry.ipynb #c39
 def center(x: Float[Tensor, "*batch n d"], y: Float[Tensor, "*batch m d"]) -> tuple[Tensor, Tensor]:
     "Both clouds about a common origin"
     origin = (x.mean(-2, keepdim=True) + y.mean(-2, keepdim=True)).detach() / 2  # no distance depends on it
     return x - origin, y - origin
 
-# %% ../nbs/core/01_geometry.ipynb #c38
+# %% ../nbs/core/01_geometry.ipynb #c40
 def expanded(x, y) -> Factored:
     "`|x - y|^2 = |x|^2 + |y|^2 - 2 x . y`"
     return Factored(x.square().sum(-1), y.square().sum(-1), 2 * x, y)
@@ -205,7 +212,7 @@ def cosine(x, y) -> Factored:
     x, y = x / x.norm(dim=-1, keepdim=True), y / y.norm(dim=-1, keepdim=True)
     return Factored(torch.ones_like(x[..., 0]), torch.zeros_like(y[..., 0]), x, y)
 
-# %% ../nbs/core/01_geometry.ipynb #c47
+# %% ../nbs/core/01_geometry.ipynb #c49
 def euclidean(x: Float[Tensor, "*batch n d"], y: Float[Tensor, "*batch m d"]) -> Float[Tensor, "*batch n m"]:
     "`|x - y|`, from differences"
     if x.requires_grad or y.requires_grad:  # cdist has no second derivative
@@ -215,7 +222,7 @@ def euclidean(x: Float[Tensor, "*batch n d"], y: Float[Tensor, "*batch m d"]) ->
 FACTORED = {"sqeuclidean": sqeuclidean, "cosine": cosine}  # (x, y) -> Factored
 BLOCKED = {"euclidean": euclidean}                         # (x[rows], y) -> a block of costs
 
-# %% ../nbs/core/01_geometry.ipynb #c49
+# %% ../nbs/core/01_geometry.ipynb #c51
 def cost_block(cost: Callable, x: Tensor, y: Tensor) -> Tensor:
     "`cost(x, y)`; raises `ValueError` or `TypeError` if that is no block of costs"
     (block,) = float_tensors(**{"cost(x, y)": cost(x, y)})
@@ -224,7 +231,7 @@ def cost_block(cost: Callable, x: Tensor, y: Tensor) -> Tensor:
     clouds = f"x {tuple(x.shape)} and y {tuple(y.shape)}"
     raise ValueError(f"cost(x, y) must have shape {expected} for {clouds}, not {tuple(block.shape)}")
 
-# %% ../nbs/core/01_geometry.ipynb #c51
+# %% ../nbs/core/01_geometry.ipynb #c53
 def cloud_form(cost: str | Callable, x: Tensor, y: Tensor) -> Factored | ByRows:
     "The form in which the cost of two clouds answers"
     if cost in FACTORED: return FACTORED[cost](x, y)
@@ -232,7 +239,7 @@ def cloud_form(cost: str | Callable, x: Tensor, y: Tensor) -> Factored | ByRows:
     shape = torch.Size((*x.shape[:-1], y.shape[-2]))
     return ByRows(lambda rows: cost_block(cost, x[..., rows, :], y), shape, x.device)
 
-# %% ../nbs/core/01_geometry.ipynb #c54
+# %% ../nbs/core/01_geometry.ipynb #c56
 def common_clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     "Both clouds in one type and one batch; raises `ValueError` or `TypeError` if they share no space"
     x, y = float_tensors(x=x, y=y)
@@ -248,7 +255,7 @@ def common_clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"the batches of {shapes} do not broadcast") from None
     return x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
 
-# %% ../nbs/core/01_geometry.ipynb #c55
+# %% ../nbs/core/01_geometry.ipynb #c57
 @asks_its_form
 @dataclass(frozen=True, eq=False)
 class PointCloud:
@@ -272,22 +279,18 @@ class PointCloud:
     def expand(self, batch):
         same = batch == self.shape[:-2]
         return self if same else PointCloud(self.x.expand(*batch, *self.x.shape[-2:]), self.y, self.cost)
-    def part(self, rows, cols):
-        return PointCloud(self.x[..., rows, :], self.y[..., cols, :], self.cost)
+    def part(self, rows, cols): return PointCloud(self.x[..., rows, :], self.y[..., cols, :], self.cost)
     def __getitem__(self, index): return PointCloud(self.x[index], self.y[index], self.cost)
-    @cached_property
-    def form(self): return cloud_form(self.cost, self.x, self.y)
-    @cached_property
-    def survey(self): return self.form.survey()
-    @cached_property
-    def T(self): return PointCloud(self.y, self.x, exchanged(self.cost))
+    form = cached_property(lambda self: cloud_form(self.cost, self.x, self.y))
+    survey = cached_property(lambda self: self.form.survey())
+    T = cached_property(lambda self: PointCloud(self.y, self.x, exchanged(self.cost)))
 
-# %% ../nbs/core/01_geometry.ipynb #c57
+# %% ../nbs/core/01_geometry.ipynb #c59
 def exchanged(cost: str | Callable) -> str | Callable:
     "The cost as a function of (y, x)"
     return (lambda y, x: cost_block(cost, x, y).mT) if callable(cost) else cost
 
-# %% ../nbs/core/01_geometry.ipynb #c58
+# %% ../nbs/core/01_geometry.ipynb #c60
 def cloud_flaws(geometry: PointCloud) -> list[Flaw]:
     "Coordinates must be finite, and a direction needs a length"
     flaws = []
