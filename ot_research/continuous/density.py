@@ -21,10 +21,10 @@ from .spot import Stacked, fold
 from ..doors import solve_sample
 from ..geometry import PointCloud
 from ..solvers import refuse
-from ..training import resample, resumable
+from ..training import Step, resample, resumable
 
 # %% ../../nbs/continuous/density.ipynb #c7
-Hold = Callable[[Tensor, Tensor, torch.Generator], Tensor]  # of made sources and targets, with chance; one number
+Hold = Callable[[Tensor, Tensor, torch.Generator], Tensor]  # of made pairs, and chance
 
 # %% ../../nbs/continuous/density.ipynb #c10
 def _seen(
@@ -58,8 +58,15 @@ def _energy(made: Tensor, real: Tensor) -> Tensor:
     return 2 * torch.cdist(made, real).mean() - torch.cdist(made, made).sum() / (n * (n - 1))
 
 # %% ../../nbs/continuous/density.ipynb #c15
+def _rate(held: "Multipliers", points: Float[Tensor, "n d"], side: int) -> Float[Tensor, "n"]:
+    "The multiplier of a side, up to a constant"
+    (cloud, log_v), (stands, wide) = held.clouds[side], held.stands[side]
+    log_density = _seen(points, stands, torch.zeros_like(stands[:, 0]), wide)
+    return held.reg * (log_density - _seen(points, cloud, log_v, held.reg))
+
+# %% ../../nbs/continuous/density.ipynb #c16
 class Multipliers:
-    "Critics that need no training: potentials of Sinkhorn's algorithm, and the logs of the marginal densities"
+    "Critics that need no training: Sinkhorn's potentials, and the logs of the marginal densities"
     def __init__(
         self,
         x: Float[Tensor, "n dx"],
@@ -69,7 +76,7 @@ class Multipliers:
         count: int = 2000,     # points for the potentials
         kernels: int = 4000,   # points for the densities
         share: float = 0.5,    # of Silverman's bandwidth
-        penalty: float = 10.0, # of the energy distance, over reg
+        penalty: float = 10.0,  # of the energy distance, over reg
         real: int = 1000,      # points for it, at a step
     ):
         self.reg, self.penalty, self.real = reg, penalty, real
@@ -79,11 +86,6 @@ class Multipliers:
         self.clouds = [(other, g / reg) for other, g in zip(few[::-1], potentials[::-1])]
         self.stands = [_kernels(_thinned(side, kernels), share) for side in self.sides]
 
-    def rate(self, points: Float[Tensor, "n d"], side: int) -> Float[Tensor, "n"]:
-        "The multiplier of a side, up to a constant"
-        (cloud, log_v), (stands, wide) = self.clouds[side], self.stands[side]
-        return self.reg * (_seen(points, stands, torch.zeros_like(stands[:, 0]), wide) - _seen(points, cloud, log_v, self.reg))
-
     def __call__(self, x, y, chance):
         total = 0.0
         for side, made in enumerate((x, y)):
@@ -91,7 +93,9 @@ class Multipliers:
             total = total - self.rate(made, side).mean() + self.penalty * self.reg * _energy(made, real)
         return total
 
-# %% ../../nbs/continuous/density.ipynb #c26
+    rate = _rate
+
+# %% ../../nbs/continuous/density.ipynb #c27
 class Critics:
     "Critics of slope at most one, which learn beside the plan [Xie et al. 2019]"
     def __init__(
@@ -103,11 +107,10 @@ class Critics:
         eta: float = 1e6,        # price of a unit of their gap, in units of the cost
         rounds: int = 5,         # of their steps for one of the plan's
         lr: float = 1e-3,
-        width: int = 64,
         activation: Callable[[Tensor], Tensor] = fold,
     ):
         self.eta, self.rounds, self.data = eta, rounds, (resample(x), resample(y))
-        self.net = Stacked([x.shape[1], width, width, 1], lipschitz=True, activation=activation)
+        self.net = Stacked([x.shape[1], 64, 64, 1], lipschitz=True, activation=activation)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr, betas=(0.5, 0.999))
 
     def __call__(self, x, y, chance):
@@ -120,10 +123,10 @@ class Critics:
         return self.eta * (level(x, y) - real)
 
     def state_dict(self): return dict(net=self.net.state_dict(), optimizer=self.optimizer.state_dict())
-    def load_state_dict(self, state): 
+    def load_state_dict(self, state):
         for name, part in state.items(): getattr(self, name).load_state_dict(part)
 
-# %% ../../nbs/continuous/density.ipynb #c29
+# %% ../../nbs/continuous/density.ipynb #c30
 class Recovered(NamedTuple):
     "A plan, and how it was found"
     plan: PlanDensity
@@ -133,9 +136,36 @@ def _fade(share: float) -> float:
     "The rate of learning: full for a third of the training, then down along a cosine"
     return 0.01 + 0.99 * math.cos(math.pi / 2 * max(0.0, 1.5 * share - 0.5)) ** 2
 
+def _losses(plan: PlanDensity, hold: Hold, batch: int, chance: torch.Generator) -> dict[str, Tensor]:
+    "What is to be small, for one batch"
+    drawn = plan(normal_latents(batch, sum(plan.dims), chance))
+    return dict(price=(drawn.x - drawn.y).square().sum(1).mean(), entropy=drawn.log_density.mean(),
+                hold=hold(drawn.x, drawn.y, chance), energy=drawn.energy.mean())
+
+# %% ../../nbs/continuous/density.ipynb #c31
+def _training(plan: PlanDensity, hold: Hold, *, reg, steps, batch, lr, kinetic) -> tuple[Step, dict]:
+    "A step, and what it changes; `smooth` among it is the average"
+    smooth, tune = deepcopy(plan), torch.optim.Adam(plan.parameters(), lr, betas=(0.9, 0.99))
+    pace = torch.optim.lr_scheduler.LambdaLR(tune, lambda k: _fade(k / steps))
+
+    def step(chance):
+        losses = _losses(plan, hold, batch, chance)
+        bent = kinetic * max(0.0, 1 - 2 * pace.last_epoch / steps)
+        tune.zero_grad()
+        ((losses["price"] + losses["hold"]) / reg + losses["entropy"] + bent * losses["energy"]).backward()
+        tune.step()
+        pace.step()
+        for slow, fast in zip(smooth.parameters(), plan.parameters()):
+            slow.data.lerp_(fast.data, max(0.01, 10 / (10 + pace.last_epoch)))
+        return {name: loss.item() for name, loss in losses.items()}
+
+    parts = dict(plan=plan, smooth=smooth, tune=tune, pace=pace)
+    return step, parts | (dict(hold=hold) if hasattr(hold, "state_dict") else {})
+
+# %% ../../nbs/continuous/density.ipynb #c32
 def recover(
-    x: Float[Tensor, "n dx"],  # source points
-    y: Float[Tensor, "m dy"],  # target points, in as many coordinates
+    x: Float[Tensor, "n d"],   # source points
+    y: Float[Tensor, "m d"],   # target points, in as many coordinates
     *,
     reg: float,                # in units of the squared distance
     hold: Callable[..., Hold] = Multipliers,  # of x, y and reg
@@ -148,29 +178,14 @@ def recover(
     checkpoint: str | Path | None = None,  # a file; a run that finds it goes on from there
     every: int = 100,          # steps from one checkpoint to the next
 ) -> Recovered:
-    "The density of the entropic plan between two distributions, known by their points"
+    "The density of the entropic plan between two distributions, known by their points [Xie et al. 2019]"
     refuse(reg=reg, steps=steps, batch=batch, lr=lr)
-    if x.shape[1:] != y.shape[1:]: raise ValueError(f"sources have the shape {tuple(x.shape)}, targets {tuple(y.shape)}")
     x, y = sound(x, "x", x.shape[-1]), sound(y, "y", x.shape[-1])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        plan, holds = PlanDensity(x, y, rule=rule), hold(x, y, reg)
-    smooth, tune = deepcopy(plan), torch.optim.Adam(plan.parameters(), lr, betas=(0.9, 0.99))
-    pace = torch.optim.lr_scheduler.LambdaLR(tune, lambda k: _fade(k / steps))
-
-    def step(chance):
-        drawn = plan(normal_latents(batch, sum(plan.dims), chance))
-        price, entropy = (drawn.x - drawn.y).square().sum(1).mean(), drawn.log_density.mean()
-        held = holds(drawn.x, drawn.y, chance)
-        bent = kinetic * max(0.0, 1 - 2 * pace.last_epoch / steps) * drawn.energy.mean()
-        tune.zero_grad()
-        ((price + held) / reg + entropy + bent).backward()
-        tune.step()
-        pace.step()
-        for slow, fast in zip(smooth.parameters(), plan.parameters()): slow.data.lerp_(fast.data, max(0.01, 10 / (10 + pace.last_epoch)))
-        return dict(price=price.item(), entropy=entropy.item(), hold=held.item())
-
-    parts = dict(plan=plan, smooth=smooth, optimizer=tune, pace=pace)
-    if hasattr(holds, "state_dict"): parts["hold"] = holds
-    asked = dict(reg=reg, steps=steps, batch=batch, lr=lr, kinetic=kinetic, rule=str(rule))
-    return Recovered(smooth, resumable(step, parts, steps=steps, seed=seed, checkpoint=checkpoint, every=every, asked=asked))
+        plan, hold = PlanDensity(x, y, rule=rule), hold(x, y, reg)
+    settings = dict(reg=reg, steps=steps, batch=batch, lr=lr, kinetic=kinetic)
+    step, parts = _training(plan, hold, **settings)
+    history = resumable(step, parts, steps=steps, seed=seed, checkpoint=checkpoint, every=every,
+                        asked=settings | dict(rule=str(rule)))
+    return Recovered(parts["smooth"], history)
