@@ -71,7 +71,7 @@ def _undone(velocity: Velocity, t: float, h: float, goal: Float[Tensor, "n d"]) 
         z = z - torch.linalg.solve(J, off)
     else:
         lost = int((off.abs().amax(1) > 1e-3).sum())
-        raise FloatingPointError(f"a step at time {t:.2f} cannot be undone at {lost} points: take smaller ones")
+        raise FloatingPointError(f"a step at time {t:.2f} cannot be undone at {lost} points: take more")
     return z - torch.linalg.solve(J, _midpoint(velocity, t, h, z, _eye(z)[:0])[0] - goal)
 
 # %% ../../nbs/continuous/flow.ipynb #c14
