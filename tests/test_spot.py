@@ -53,10 +53,16 @@ def test_a_stack_is_its_networks_one_by_one():
         for a, b in zip(alone(x[rows], y[rows]), made): torch.testing.assert_close(a, b[rows])
 
 
+def test_a_residual_stack_adds_its_input():
+    plain, residual = (Stacked([3, 4, 3], runs=(2,), residual=added) for added in (False, True))
+    x, y = torch.randn(2, 6, 3)
+    for made, start, more in zip(plain(x, y), (x, y), residual(x, y)): torch.testing.assert_close(start + made, more)
+
+
 def test_critics_are_1_lipschitz_when_the_norms_are_found():
     critics = Stacked([2, 16, 16, 1], marginals=3, runs=(2,), activation=fold, lipschitz=True)
     with torch.no_grad():
-        for W in critics.weights: W.mul_(7)
+        for W in critics.layers.weights: W.mul_(7)
         for _ in range(200): critics(torch.zeros(2, 2))
         x, y = torch.randn(2, 500, 2)
         for a, b in zip(critics.eval()(x), critics(y)): assert ((a - b)[:, 0].abs() <= 1.0001 * (x - y).norm(dim=1)).all()
@@ -64,9 +70,9 @@ def test_critics_are_1_lipschitz_when_the_norms_are_found():
 
 def test_evaluation_leaves_critics_as_they_are():
     critics = Stacked([2, 8, 1], lipschitz=True).eval()
-    before = critics.steep.clone()
+    before = critics.layers.steep.clone()
     critics(torch.randn(4, 2))
-    assert torch.equal(critics.steep, before)
+    assert torch.equal(critics.layers.steep, before)
 
 
 def test_each_marginal_may_have_its_own_module_and_shape():
@@ -196,7 +202,9 @@ def test_costs_and_samplers_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="one number a row"): spot([left, right], lambda x, y: x - y, **players(), eta=3.0, steps=1)
     with pytest.raises(ValueError, match="more than the 7 points"):
         spot([resample(torch.zeros(7, 2)), right], distance, **players(), eta=3.0, steps=1, batch=8)
-    with pytest.raises(ValueError, match="rows for all runs"): Stacked([2, 1], runs=(3,))(torch.zeros(4, 2))
+    with pytest.raises(ValueError, match=r"eta of shape \(3,\) does not fit runs of shape \(2,\)"):
+        play(**players((2,)) | dict(eta=torch.ones(3)), steps=1)
+    with pytest.raises(ValueError, match="with rows for all runs"): Stacked([2, 1], runs=(3,))(torch.zeros(4, 2))
     with pytest.raises(ValueError, match="a marginal and two widths"): Stacked([2])
 
 

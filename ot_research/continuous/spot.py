@@ -7,7 +7,7 @@ __all__ = ['Cost', 'Adam', 'Watch', 'fold', 'Stacked', 'Apart', 'exact_penalty',
 
 # %% ../../nbs/continuous/spot.ipynb #c2
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..solvers import refuse
-from ..training import Sampler, Step, resumable
+from ..training import Sampler, resumable
 
 # %% ../../nbs/continuous/spot.ipynb #c8
 def fold(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
@@ -35,6 +35,36 @@ def _of_norm_one(W: Float[Tensor, "copies i o"], u: Float[Tensor, "copies 1 o"])
     return W / norm, (image / norm).detach()
 
 # %% ../../nbs/continuous/spot.ipynb #c10
+class _Layers(nn.Module):
+    "Affine layers of as many networks as copies, side by side"
+    def __init__(self, copies: int, widths: Sequence[int], lipschitz: bool, seed: int):
+        super().__init__()
+        chance, self.lipschitz = torch.Generator().manual_seed(seed), lipschitz
+        draw = lambda i, *shape: (2 * torch.rand(copies, *shape, generator=chance) - 1) / math.sqrt(i)
+        self.weights = nn.ParameterList(draw(i, i, o) for i, o in pairwise(widths))
+        self.biases = nn.ParameterList(draw(i, 1, o) for i, o in pairwise(widths))
+        self.register_buffer("steep", torch.randn(copies, 1, sum(widths[1:]), generator=chance))
+        for _ in range(10): self()
+
+    def forward(self) -> Iterable[tuple[Float[Tensor, "copies i o"], Float[Tensor, "copies 1 o"]]]:
+        "Matrices, of norm one where asked for, and biases"
+        if not self.lipschitz: return zip(self.weights, self.biases)
+        steep = self.steep.split([W.shape[2] for W in self.weights], dim=2)
+        matrices, steep = zip(*map(_of_norm_one, self.weights, steep))
+        if self.training: self.steep = torch.cat(steep, dim=2)
+        return zip(matrices, self.biases)
+
+# %% ../../nbs/continuous/spot.ipynb #c11
+def _side_by_side(rows: tuple[Tensor, ...], marginals: int, runs: int) -> Float[Tensor, "copies n i"]:
+    "Each run's share of each marginal's rows; one batch alone goes to all marginals"
+    rows = rows * marginals if len(rows) == 1 else rows
+    sizes = {tuple(t.shape) for t in rows}
+    if len(rows) != marginals or len(sizes) != 1 or len(rows[0]) % runs:
+        raise ValueError(f"{marginals} marginals in {runs} runs take as many batches of one shape, with rows "
+                         f"for all runs, not {len(rows)} of shape {sorted(sizes)}; for other shapes: Apart")
+    return torch.stack([t.reshape(runs, -1, t.shape[-1]) for t in rows], dim=1).flatten(0, 1)
+
+# %% ../../nbs/continuous/spot.ipynb #c12
 class Stacked(nn.Module):
     "A network for each marginal and each run, all of one shape, side by side"
     def __init__(
@@ -45,40 +75,25 @@ class Stacked(nn.Module):
         runs: tuple[int, ...] = (),  # shape of the stack: (5,) trains five seeds at once
         activation: Callable[[Tensor], Tensor] = nn.functional.leaky_relu,
         lipschitz: bool = False,     # divide each matrix by its norm
+        residual: bool = False,      # add the input to the output
         seed: int = 0,               # of the first weights
     ):
         super().__init__()
         if marginals < 1 or len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"a stack needs a marginal and two widths, not {marginals} and {list(widths)}")
-        self.marginals, self.runs, self.activation, self.lipschitz = marginals, tuple(runs), activation, lipschitz
-        copies, chance = math.prod(runs) * marginals, torch.Generator().manual_seed(seed)
-        draw = lambda i, *shape: (2 * torch.rand(copies, *shape, generator=chance) - 1) / math.sqrt(i)
-        self.weights = nn.ParameterList(draw(i, i, o) for i, o in pairwise(widths))
-        self.biases = nn.ParameterList(draw(i, 1, o) for i, o in pairwise(widths))
-        self.register_buffer("steep", torch.randn(copies, 1, sum(widths[1:]), generator=chance))
-        for _ in range(10): self._matrices()
-
-    def _matrices(self) -> list[Float[Tensor, "copies i o"]]:
-        "Of all layers, as they multiply"
-        if not self.lipschitz: return list(self.weights)
-        steep = self.steep.split([W.shape[2] for W in self.weights], dim=2)
-        matrices, steep = zip(*map(_of_norm_one, self.weights, steep))
-        if self.training: self.steep = torch.cat(steep, dim=2)
-        return list(matrices)
+        self.marginals, self.runs = marginals, tuple(runs)
+        self.activation, self.residual = activation, residual
+        self.layers = _Layers(math.prod(runs) * marginals, widths, lipschitz, seed)
 
     def forward(self, *rows: Float[Tensor, "N i"]) -> tuple[Float[Tensor, "N o"], ...]:
         "Each marginal's rows through its networks; one batch alone goes to all marginals"
-        rows = rows * self.marginals if len(rows) == 1 else rows
-        runs, sizes = math.prod(self.runs), {tuple(t.shape) for t in rows}
-        if len(rows) != self.marginals or len(sizes) != 1 or len(rows[0]) % runs:
-            raise ValueError(f"{self.marginals} marginals in {runs} runs take as many batches of one shape, with rows "
-                             f"for all runs, not {len(rows)} of shape {sorted(sizes)}; for other shapes: Apart")
-        x = torch.stack([t.reshape(runs, -1, t.shape[-1]) for t in rows], dim=1).flatten(0, 1)
-        for k, (W, b) in enumerate(zip(self._matrices(), self.biases)):
+        x = start = _side_by_side(rows, self.marginals, math.prod(self.runs))
+        for k, (W, b) in enumerate(self.layers()):
             x = torch.baddbmm(b, self.activation(x) if k else x, W)
-        return tuple(t.flatten(0, 1) for t in x.unflatten(0, (runs, self.marginals)).unbind(1))
+        x = start + x if self.residual else x
+        return tuple(t.flatten(0, 1) for t in x.unflatten(0, (-1, self.marginals)).unbind(1))
 
-# %% ../../nbs/continuous/spot.ipynb #c14
+# %% ../../nbs/continuous/spot.ipynb #c16
 class Apart(nn.Module):
     "A module for each marginal"
     def __init__(self, *nets: nn.Module):
@@ -90,10 +105,10 @@ class Apart(nn.Module):
         if len(rows) == 1: rows = rows * len(self.nets)
         return tuple(net(x) for net, x in zip(self.nets, rows, strict=True))
 
-# %% ../../nbs/continuous/spot.ipynb #c21
+# %% ../../nbs/continuous/spot.ipynb #c23
 Cost = Callable[..., Tensor]  # of as many batches as there are marginals; one number a row
 
-# %% ../../nbs/continuous/spot.ipynb #c22
+# %% ../../nbs/continuous/spot.ipynb #c24
 def exact_penalty(
     cost: Cost,
     samplers: Sequence[Sampler],
@@ -111,7 +126,7 @@ def exact_penalty(
     refuse(slope_of_the_cost=steepest)
     return steepest / seen
 
-# %% ../../nbs/continuous/spot.ipynb #c27
+# %% ../../nbs/continuous/spot.ipynb #c29
 def sliced_w2(
     x: Float[Tensor, "*#batch n d"],
     y: Float[Tensor, "*#batch m d"],  # as many points: m = n
@@ -121,23 +136,23 @@ def sliced_w2(
 ) -> Float[Tensor, "*batch"]:
     "Root mean square, over random directions, of the `W2` between projections"
     if x.shape[-2:] != y.shape[-2:]:
-        raise ValueError(f"clouds must be of one size and dimension, not {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(f"clouds must be of one size and dimension: {tuple(x.shape)}, {tuple(y.shape)}")
     axes = torch.randn(x.shape[-1], directions, generator=torch.Generator().manual_seed(seed))
     axes = nn.functional.normalize(axes, dim=0).to(x)
     return ((x @ axes).sort(dim=-2).values - (y @ axes).sort(dim=-2).values).square().mean((-2, -1)).sqrt()
 
-# %% ../../nbs/continuous/spot.ipynb #c28
+# %% ../../nbs/continuous/spot.ipynb #c30
 def correlation(x: Float[Tensor, "*batch n d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch d"]:
     "Of paired points, coordinate by coordinate"
     x, y = (t - t.mean(-2, keepdim=True) for t in (x, y))
     return (x * y).sum(-2) / (x.square().sum(-2) * y.square().sum(-2)).sqrt()
 
-# %% ../../nbs/continuous/spot.ipynb #c33
+# %% ../../nbs/continuous/spot.ipynb #c35
 def _shares(points: Sequence[Tensor], runs: tuple[int, ...]) -> list[Tensor]:
     "Rows as a batch for each run"
     return [rows.reshape(*runs, -1, *rows.shape[1:]) for rows in points]
 
-# %% ../../nbs/continuous/spot.ipynb #c34
+# %% ../../nbs/continuous/spot.ipynb #c36
 @dataclass(frozen=True, eq=False)
 class _Game:
     "Who plays for what"
@@ -153,14 +168,15 @@ class _Game:
         "Rows for every run, so many batches each"
         return sampler(self.eta.numel() * self.batch * times, chance).to(next(self.generator.parameters()))
 
-    def rounds(self, chance: torch.Generator, times: int) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    def rounds(self, chance: torch.Generator, times: int) -> Iterable[tuple[tuple, tuple]]:
         "Batches for the critics, made and real, while the generator holds still"
+        runs = self.eta.shape
         with torch.no_grad(): made = self.generator(self.draw(self.noise, chance, times))[:len(self.samplers)]
         real = [self.draw(sampler, chance, times) for sampler in self.samplers]
-        cut = lambda points: zip(*(rows.chunk(times, self.eta.ndim) for rows in _shares(points, self.eta.shape)))
+        cut = lambda points: zip(*(rows.chunk(times, len(runs)) for rows in _shares(points, runs)))
         return zip(cut(made), cut(real))
 
-# %% ../../nbs/continuous/spot.ipynb #c35
+# %% ../../nbs/continuous/spot.ipynb #c37
 def _gap(game: _Game, made: Sequence[Tensor], real: Sequence[Tensor]) -> Float[Tensor, "*runs"]:
     "How much higher the critics rate what is made than what is real, summed over the marginals"
     axis = game.eta.ndim
@@ -174,17 +190,19 @@ def _price(game: _Game, chance: torch.Generator) -> tuple[Float[Tensor, "*runs"]
     share = lambda rows: rows.reshape(*game.eta.shape, -1).mean(-1)
     return share(game.cost(*made)), sum(map(share, game.critics(*made[:len(game.samplers)])))
 
-# %% ../../nbs/continuous/spot.ipynb #c36
-def _weight(eta: float | Tensor | None, samplers: Sequence[Sampler], cost: Cost, generator: nn.Module) -> Tensor:
-    "Of the critics, for each run; by the rule if none is given"
-    weight = torch.as_tensor(exact_penalty(cost, samplers) if eta is None else eta)
-    if not ((weight > 0) & weight.isfinite()).all():
-        raise ValueError(f"eta must be finite and > 0 for every run, not {weight.tolist()}")
-    return weight.to(next(generator.parameters())).expand(getattr(generator, "runs", ()))
-
 # %% ../../nbs/continuous/spot.ipynb #c38
-def _examine(game: _Game, times: int) -> None:
-    "`ValueError` if what is made, real, rated and paid do not fit together"
+def _for_each_run(eta: float | Tensor, generator: nn.Module) -> Float[Tensor, "*runs"]:
+    "The weight of the critics"
+    eta, runs = torch.as_tensor(eta), tuple(getattr(generator, "runs", ()))
+    if not ((eta > 0) & eta.isfinite()).all():
+        raise ValueError(f"eta must be finite and > 0 for every run, not {eta.tolist()}")
+    if eta.ndim > len(runs) or any(n not in (1, size) for n, size in zip(eta.shape[::-1], runs[::-1])):
+        raise ValueError(f"eta of shape {tuple(eta.shape)} does not fit runs of shape {runs}")
+    return eta.to(next(generator.parameters())).expand(runs)
+
+# %% ../../nbs/continuous/spot.ipynb #c40
+def _examined(game: _Game, times: int) -> _Game:
+    "The game; `ValueError` if what is made, real, rated and paid do not fit together"
     count, chance = len(game.samplers), torch.Generator().manual_seed(0)
     if count < 2: raise ValueError(f"transport is between two marginals at least, not {count}")
     real = [tuple(game.draw(sampler, chance, times).shape) for sampler in game.samplers]
@@ -196,22 +214,23 @@ def _examine(game: _Game, times: int) -> None:
             raise ValueError(f"the cost must be one number a row, of shape {rows}, not {paid}")
         if (rated := [t.numel() for t in game.critics(*made[:count])]) != [*rows] * count:
             raise ValueError(f"critics must give {count} times {rows[0]} numbers, not {rated}")
+    return game
 
-# %% ../../nbs/continuous/spot.ipynb #c41
+# %% ../../nbs/continuous/spot.ipynb #c43
 def _average(module: nn.Module, ema: float) -> AveragedModel:
     "A copy whose weights follow those of a module slowly, and faster at the beginning"
     if not 0 <= ema < 1: raise ValueError(f"ema must be in [0, 1), not {ema}")
-    return AveragedModel(module, avg_fn=lambda mean, new, n: mean.lerp(new, 1 - min(ema, float(n / (n + 10)))))
+    step = lambda mean, new, n: mean.lerp(new, 1 - min(ema, float(n / (n + 10))))
+    return AveragedModel(module, avg_fn=step)
 
-# %% ../../nbs/continuous/spot.ipynb #c42
+# %% ../../nbs/continuous/spot.ipynb #c44
 Adam = partial(torch.optim.Adam, betas=(0.5, 0.999))
 
-def _learner(game: _Game, rounds: int, adam: Callable, lr: float, lr_critics: float, ema: float) -> tuple[Step, dict]:
+def _learner(game: _Game, rounds: int, adam: Callable, lr: float, lr_critics: float, average: nn.Module):
     "A step in which critics climb and the generator descends, and all that it changes"
     own = dict(cost=game.cost) if isinstance(game.cost, nn.Module) else {}
     learned = [weight for module in (game.generator, *own.values()) for weight in module.parameters()]
     descend, ascend = adam(learned, lr=lr), adam(game.critics.parameters(), lr=lr_critics)
-    average = _average(game.generator, ema)
     def step(chance: torch.Generator) -> dict[str, float]:
         for made, real in game.rounds(chance, rounds):
             gap = _gap(game, made, real)
@@ -227,10 +246,10 @@ def _learner(game: _Game, rounds: int, adam: Callable, lr: float, lr_critics: fl
         average.update_parameters(game.generator)
         slope = nn.utils.get_total_norm([weight.grad for weight in learned if weight.grad is not None])
         return {"batch cost": cost.mean().item(), "gap": gap.mean().item(), "gradient": slope.item()}
-    players = dict(generator=game.generator, critics=game.critics, average=average, descend=descend, ascend=ascend)
-    return step, players | own
+    players = dict(generator=game.generator, critics=game.critics, average=average) | own
+    return step, players | dict(descend=descend, ascend=ascend)
 
-# %% ../../nbs/continuous/spot.ipynb #c43
+# %% ../../nbs/continuous/spot.ipynb #c45
 @dataclass(frozen=True, eq=False)
 class Coupling:
     "A plan one can draw from, and how it was learned"
@@ -249,28 +268,29 @@ class Coupling:
     def curve(self, name: str) -> tuple[Int[Tensor, "k"], Float[Tensor, "k *runs"]]:
         "A figure on held-out points: at which steps, and its values"
         keys = _keys(name, self.runs)
-        looks = [(step, [seen[key] for key in keys]) for step, seen in enumerate(self.history, 1) if keys[0] in seen]
-        if not looks: raise ValueError(f"no figure is called {name!r}; there are {list(self.history[-1])}")
-        steps, values = zip(*looks)
-        return torch.tensor(steps), torch.tensor(values).reshape(-1, *self.runs)
+        steps = [step for step, seen in enumerate(self.history, 1) if keys[0] in seen]
+        if not steps: raise ValueError(f"no figure is called {name!r}; there are {list(self.history[-1])}")
+        values = torch.tensor([[self.history[step - 1][key] for key in keys] for step in steps])
+        return torch.tensor(steps), values.reshape(-1, *self.runs)
 
 def _keys(name: str, runs: tuple[int, ...]) -> list[str]:
     "What a figure is called in the history: `cost`, or `cost[0]`, `cost[1]` and so on in a stack"
     return [name + str(list(run)) if run else name for run in product(*map(range, runs))]
 
-# %% ../../nbs/continuous/spot.ipynb #c44
+# %% ../../nbs/continuous/spot.ipynb #c46
 Watch = dict[str, Callable[..., Tensor]]  # figures of a plan by name: of its clouds, one number a run
 
 def _look(coupling: Coupling, cost: Cost, held_out: Sequence[Tensor], watch: Watch) -> dict[str, float]:
     "Cost, errors of the marginals and what else is watched, on points not seen in training; a number a run"
+    if not len(held_out): return {}
     runs, made = coupling.runs, coupling.sample(len(held_out[0]))
     with torch.no_grad(): paid = cost(*(rows.flatten(0, len(runs)) for rows in made))
-    seen = {"cost": paid.reshape(*runs, -1).mean(-1)} | {name: figure(*made) for name, figure in watch.items()}
+    seen = {"cost": paid.reshape(*runs, -1).mean(-1)} | {name: of(*made) for name, of in watch.items()}
     for k, (fake, real) in enumerate(zip(made, held_out)):
         seen[f"marginal {k}"] = sliced_w2(fake.flatten(len(runs) + 1), real.flatten(1).to(fake))
-    return dict(pair for name, values in seen.items() for pair in zip(_keys(name, runs), values.flatten().tolist()))
+    return {key: value.item() for name in seen for key, value in zip(_keys(name, runs), seen[name].flatten())}
 
-# %% ../../nbs/continuous/spot.ipynb #c45
+# %% ../../nbs/continuous/spot.ipynb #c47
 def spot(
     samplers: Sequence[Sampler],   # of the marginals, two or more
     cost: Cost,                    # of a batch from each, row by row
@@ -293,14 +313,12 @@ def spot(
 ) -> Coupling:
     "Learn to draw from the cheapest coupling [Xie et al. 2019]"
     refuse(batch=batch, rounds=rounds, look=look)
-    game = _Game(samplers, cost, generator, critics, noise, _weight(eta, samplers, cost, generator), batch)
-    _examine(game, rounds)
-    learn, parts = _learner(game, rounds, adam, lr, lr_critics, ema)
-    coupling = partial(Coupling, parts["average"].module, critics, noise, tuple(game.eta.shape))
-    def step(chance: torch.Generator) -> dict[str, float]:
-        figures = learn(chance)
-        judged = len(held_out) and parts["average"].n_averaged % look == 0
-        return figures | (_look(coupling([]), cost, held_out, watch or {}) if judged else {})
-    asked = dict(eta=game.eta.tolist(), batch=batch, rounds=rounds, adam=[str(parts["descend"]), str(parts["ascend"])],
-                 ema=ema, look=look)
+    weight = _for_each_run(exact_penalty(cost, samplers) if eta is None else eta, generator)
+    game = _examined(_Game(samplers, cost, generator, critics, noise, weight, batch), rounds)
+    learn, parts = _learner(game, rounds, adam, lr, lr_critics, average := _average(generator, ema))
+    coupling = partial(Coupling, average.module, critics, noise, tuple(weight.shape))
+    judge = lambda: _look(coupling([]), cost, held_out, watch or {})
+    step = lambda chance: learn(chance) | (judge() if average.n_averaged % look == 0 else {})
+    asked = dict(eta=weight.tolist(), batch=batch, rounds=rounds, ema=ema, look=look,
+                 adam=[str(parts["descend"]), str(parts["ascend"])])
     return coupling(resumable(step, parts, steps=steps, asked=asked, label="spot", **run))
