@@ -226,11 +226,12 @@ def _average(module: nn.Module, ema: float) -> AveragedModel:
 # %% ../../nbs/continuous/spot.ipynb #c44
 Adam = partial(torch.optim.Adam, betas=(0.5, 0.999))
 
-def _learner(game: _Game, rounds: int, adam: Callable, lr: float, lr_critics: float, average: nn.Module):
+def _learner(game: _Game, rounds: int, adam: Callable, lr: float, lr_critics: float, pace: Callable, average: nn.Module):
     "A step in which critics climb and the generator descends, and all that it changes"
     own = dict(cost=game.cost) if isinstance(game.cost, nn.Module) else {}
     learned = [weight for module in (game.generator, *own.values()) for weight in module.parameters()]
     descend, ascend = adam(learned, lr=lr), adam(game.critics.parameters(), lr=lr_critics)
+    rate = torch.optim.lr_scheduler.LambdaLR(descend, pace)
     def step(chance: torch.Generator) -> dict[str, float]:
         for made, real in game.rounds(chance, rounds):
             gap = _gap(game, made, real)
@@ -243,11 +244,12 @@ def _learner(game: _Game, rounds: int, adam: Callable, lr: float, lr_critics: fl
         descend.zero_grad()
         (cost + game.eta * height).sum().backward()
         descend.step()
+        rate.step()
         average.update_parameters(game.generator)
         slope = nn.utils.get_total_norm([weight.grad for weight in learned if weight.grad is not None])
         return {"batch cost": cost.mean().item(), "gap": gap.mean().item(), "gradient": slope.item()}
     players = dict(generator=game.generator, critics=game.critics, average=average) | own
-    return step, players | dict(descend=descend, ascend=ascend)
+    return step, players | dict(descend=descend, ascend=ascend, rate=rate)
 
 # %% ../../nbs/continuous/spot.ipynb #c45
 @dataclass(frozen=True, eq=False)
@@ -305,6 +307,7 @@ def spot(
     adam: Callable[..., torch.optim.Optimizer] = Adam,
     lr: float = 3e-4,              # of the generator
     lr_critics: float = 3e-3,
+    cooling: float = 0.0,          # share of the steps, the last, in which the generator's rate falls to zero
     ema: float = 0.9998,           # memory of the average, per step
     held_out: Sequence[Tensor] = (),  # points to judge by, from each marginal
     watch: Watch | None = None,    # more to judge by
@@ -313,12 +316,14 @@ def spot(
 ) -> Coupling:
     "Learn to draw from the cheapest coupling [Xie et al. 2019]"
     refuse(batch=batch, rounds=rounds, look=look)
+    if not 0 <= cooling <= 1: raise ValueError(f"cooling must be a share of the steps, in [0, 1], not {cooling}")
     weight = _for_each_run(exact_penalty(cost, samplers) if eta is None else eta, generator)
     game = _examined(_Game(samplers, cost, generator, critics, noise, weight, batch), rounds)
-    learn, parts = _learner(game, rounds, adam, lr, lr_critics, average := _average(generator, ema))
+    pace, average = lambda done: min(1.0, (steps - done) / max(1, cooling * steps)), _average(generator, ema)
+    learn, parts = _learner(game, rounds, adam, lr, lr_critics, pace, average)
     coupling = partial(Coupling, average.module, critics, noise, tuple(weight.shape))
     judge = lambda: _look(coupling([]), cost, held_out, watch or {})
     step = lambda chance: learn(chance) | (judge() if average.n_averaged % look == 0 else {})
-    asked = dict(eta=weight.tolist(), batch=batch, rounds=rounds, ema=ema, look=look,
+    asked = dict(eta=weight.tolist(), batch=batch, rounds=rounds, ema=ema, look=look, cooling=cooling * steps,
                  adam=[str(parts["descend"]), str(parts["ascend"])])
     return coupling(resumable(step, parts, steps=steps, asked=asked, label="spot", **run))
