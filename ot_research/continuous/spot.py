@@ -201,9 +201,12 @@ def _for_each_run(eta: float | Tensor, generator: nn.Module) -> Float[Tensor, "*
     return eta.to(next(generator.parameters())).expand(runs)
 
 # %% ../../nbs/continuous/spot.ipynb #c40
-def _examined(game: _Game, times: int) -> _Game:
+def _examined(samplers, cost, generator, critics, noise, eta: float | Tensor | None, batch: int,
+              times: int) -> _Game:
     "The game; `ValueError` if what is made, real, rated and paid do not fit together"
-    count, chance = len(game.samplers), torch.Generator().manual_seed(0)
+    weight = _for_each_run(exact_penalty(cost, samplers) if eta is None else eta, generator)
+    game = _Game(samplers, cost, generator, critics, noise, weight, batch)
+    count, chance = len(samplers), torch.Generator().manual_seed(0)
     if count < 2: raise ValueError(f"transport is between two marginals at least, not {count}")
     real = [tuple(game.draw(sampler, chance, times).shape) for sampler in game.samplers]
     with torch.no_grad():
@@ -226,12 +229,18 @@ def _average(module: nn.Module, ema: float) -> AveragedModel:
 # %% ../../nbs/continuous/spot.ipynb #c44
 Adam = partial(torch.optim.Adam, betas=(0.5, 0.999))
 
-def _learner(game: _Game, rounds: int, adam: Callable, lr: float, lr_critics: float, pace: Callable, average: nn.Module):
+def _pace(steps: int, cooling: float) -> Callable[[int], float]:
+    "The share of the generator's rate that is left, by the steps that are done"
+    if not 0 <= cooling <= 1: raise ValueError(f"cooling must be a share of the steps, in [0, 1], not {cooling}")
+    return lambda done: min(1.0, (steps - done) / max(1, cooling * steps))
+
+# %% ../../nbs/continuous/spot.ipynb #c45
+def _learner(game: _Game, rounds: int, adam: Callable, lr: float, lr_critics: float, pace: Callable, ema: float):
     "A step in which critics climb and the generator descends, and all that it changes"
     own = dict(cost=game.cost) if isinstance(game.cost, nn.Module) else {}
     learned = [weight for module in (game.generator, *own.values()) for weight in module.parameters()]
     descend, ascend = adam(learned, lr=lr), adam(game.critics.parameters(), lr=lr_critics)
-    rate = torch.optim.lr_scheduler.LambdaLR(descend, pace)
+    rate, average = torch.optim.lr_scheduler.LambdaLR(descend, pace), _average(game.generator, ema)
     def step(chance: torch.Generator) -> dict[str, float]:
         for made, real in game.rounds(chance, rounds):
             gap = _gap(game, made, real)
@@ -251,7 +260,7 @@ def _learner(game: _Game, rounds: int, adam: Callable, lr: float, lr_critics: fl
     players = dict(generator=game.generator, critics=game.critics, average=average) | own
     return step, players | dict(descend=descend, ascend=ascend, rate=rate)
 
-# %% ../../nbs/continuous/spot.ipynb #c45
+# %% ../../nbs/continuous/spot.ipynb #c46
 @dataclass(frozen=True, eq=False)
 class Coupling:
     "A plan one can draw from, and how it was learned"
@@ -279,7 +288,7 @@ def _keys(name: str, runs: tuple[int, ...]) -> list[str]:
     "What a figure is called in the history: `cost`, or `cost[0]`, `cost[1]` and so on in a stack"
     return [name + str(list(run)) if run else name for run in product(*map(range, runs))]
 
-# %% ../../nbs/continuous/spot.ipynb #c46
+# %% ../../nbs/continuous/spot.ipynb #c47
 Watch = dict[str, Callable[..., Tensor]]  # figures of a plan by name: of its clouds, one number a run
 
 def _look(coupling: Coupling, cost: Cost, held_out: Sequence[Tensor], watch: Watch) -> dict[str, float]:
@@ -292,7 +301,7 @@ def _look(coupling: Coupling, cost: Cost, held_out: Sequence[Tensor], watch: Wat
         seen[f"marginal {k}"] = sliced_w2(fake.flatten(len(runs) + 1), real.flatten(1).to(fake))
     return {key: value.item() for name in seen for key, value in zip(_keys(name, runs), seen[name].flatten())}
 
-# %% ../../nbs/continuous/spot.ipynb #c47
+# %% ../../nbs/continuous/spot.ipynb #c48
 def spot(
     samplers: Sequence[Sampler],   # of the marginals, two or more
     cost: Cost,                    # of a batch from each, row by row
@@ -316,14 +325,11 @@ def spot(
 ) -> Coupling:
     "Learn to draw from the cheapest coupling [Xie et al. 2019]"
     refuse(batch=batch, rounds=rounds, look=look)
-    if not 0 <= cooling <= 1: raise ValueError(f"cooling must be a share of the steps, in [0, 1], not {cooling}")
-    weight = _for_each_run(exact_penalty(cost, samplers) if eta is None else eta, generator)
-    game = _examined(_Game(samplers, cost, generator, critics, noise, weight, batch), rounds)
-    pace, average = lambda done: min(1.0, (steps - done) / max(1, cooling * steps)), _average(generator, ema)
-    learn, parts = _learner(game, rounds, adam, lr, lr_critics, pace, average)
-    coupling = partial(Coupling, average.module, critics, noise, tuple(weight.shape))
+    game = _examined(samplers, cost, generator, critics, noise, eta, batch, rounds)
+    learn, parts = _learner(game, rounds, adam, lr, lr_critics, _pace(steps, cooling), ema)
+    coupling = partial(Coupling, parts["average"].module, critics, noise, tuple(game.eta.shape))
     judge = lambda: _look(coupling([]), cost, held_out, watch or {})
-    step = lambda chance: learn(chance) | (judge() if average.n_averaged % look == 0 else {})
-    asked = dict(eta=weight.tolist(), batch=batch, rounds=rounds, ema=ema, look=look, cooling=cooling * steps,
+    step = lambda chance: learn(chance) | (judge() if parts["average"].n_averaged % look == 0 else {})
+    asked = dict(eta=game.eta.tolist(), batch=batch, rounds=rounds, ema=ema, look=look, cooling=cooling * steps,
                  adam=[str(parts["descend"]), str(parts["ascend"])])
     return coupling(resumable(step, parts, steps=steps, asked=asked, label="spot", **run))
