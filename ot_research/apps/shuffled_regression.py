@@ -123,8 +123,7 @@ class ShuffledRegression(RegressorMixin, BaseEstimator):
         told = self.likelihood_ = _Likelihood(self.model, self.noise, self.paired, asked)
         starts = [told.begin(x, y, theta) for theta in self.start(self.model, x, y, chance)]
         ways = [newton_path(lambda v: told.loss(v, x, y), v, steps=self.steps, tol=self.tol) for v in starts]
-        if self.steps and len(ways) > 1: ways.sort(key=lambda way: told.loss(way[-1], x, y).item())
-        self.path_ = ways[0]
+        self.path_ = min(ways, key=lambda way: told.loss(way[-1], x, y).item()) if self.steps and ways[1:] else ways[0]
         self.theta_, noise, odds = told.read(self.path_[-1])
         self.noise_, self.paired_ = noise.exp().item(), 0.0 if odds is None else odds.sigmoid().item()
         return self
