@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LinearProgram', 'linear_program', 'BarycenterProgram', 'barycenter_program', 'assignment', 'MonotonePlan',
-           'monotone_plan', 'gaussian_cost']
+           'monotone_plan', 'matrix_root', 'gaussian_cost']
 
 # %% ../nbs/core/05_oracles.ipynb #c2
 import math
@@ -123,7 +123,7 @@ def monotone_plan(
     return MonotonePlan(*(ranks.gather(-1, s) for ranks, s in zip(order, slices)), mass)
 
 # %% ../nbs/core/05_oracles.ipynb #c56
-def _root(S: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch d d"]:
+def matrix_root(S: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch d d"]:
     "Symmetric square root of a covariance"
     values, vectors = torch.linalg.eigh(S)
     rounding = torch.finfo(S.dtype).eps ** 0.5 * values.abs().amax(-1)
@@ -144,7 +144,7 @@ def gaussian_cost(
     "`<P, C>` of exact or entropic transport between Gaussians, squared distance [Janati et al. 2020]"
     if not 0 <= reg < math.inf:
         raise ValueError(f"reg must be a finite number >= 0, in units of the cost, not {reg}")
-    root, eye = _root(cov_x), torch.eye(cov_x.shape[-1], dtype=cov_x.dtype, device=cov_x.device)
-    cross = _root(root @ cov_y @ root + (reg / 4) ** 2 * eye) - reg / 4 * eye
+    root, eye = matrix_root(cov_x), torch.eye(cov_x.shape[-1], dtype=cov_x.dtype, device=cov_x.device)
+    cross = matrix_root(root @ cov_y @ root + (reg / 4) ** 2 * eye) - reg / 4 * eye
     trace = lambda S: S.diagonal(dim1=-2, dim2=-1).sum(-1)
     return (mean_x - mean_y).square().sum(-1) + trace(cov_x) + trace(cov_y) - 2 * trace(cross)

@@ -8,7 +8,6 @@ __all__ = ['Hold', 'Multipliers', 'Critics', 'Recovered', 'recover']
 # %% ../../nbs/continuous/density.ipynb #c2
 import math
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from .spot import Stacked, fold
 from ..doors import solve_sample
 from ..geometry import PointCloud
 from ..solvers import refuse
-from ..training import Step, resample, resumable
+from ..training import Step, averaged, resample, resumable
 
 # %% ../../nbs/continuous/density.ipynb #c7
 Hold = Callable[[Tensor, Tensor, torch.Generator], Tensor]  # of made pairs, and chance
@@ -144,8 +143,8 @@ def _losses(plan: PlanDensity, hold: Hold, batch: int, chance: torch.Generator) 
 
 # %% ../../nbs/continuous/density.ipynb #c31
 def _training(plan: PlanDensity, hold: Hold, *, reg, steps, batch, lr, kinetic) -> tuple[Step, dict]:
-    "A step, and what it changes; `smooth` among it is the average"
-    smooth, tune = deepcopy(plan), torch.optim.Adam(plan.parameters(), lr, betas=(0.9, 0.99))
+    "A step, and what it changes; `average` among it is what is kept"
+    average, tune = averaged(plan, 0.99), torch.optim.Adam(plan.parameters(), lr, betas=(0.9, 0.99))
     pace = torch.optim.lr_scheduler.LambdaLR(tune, lambda k: _fade(k / steps))
 
     def step(chance):
@@ -155,11 +154,10 @@ def _training(plan: PlanDensity, hold: Hold, *, reg, steps, batch, lr, kinetic) 
         ((losses["price"] + losses["hold"]) / reg + losses["entropy"] + bent * losses["energy"]).backward()
         tune.step()
         pace.step()
-        for slow, fast in zip(smooth.parameters(), plan.parameters()):
-            slow.data.lerp_(fast.data, max(0.01, 10 / (10 + pace.last_epoch)))
+        average.update_parameters(plan)
         return {name: loss.item() for name, loss in losses.items()}
 
-    parts = dict(plan=plan, smooth=smooth, tune=tune, pace=pace)
+    parts = dict(plan=plan, average=average, tune=tune, pace=pace)
     return step, parts | (dict(hold=hold) if hasattr(hold, "state_dict") else {})
 
 # %% ../../nbs/continuous/density.ipynb #c32
@@ -188,4 +186,4 @@ def recover(
     step, parts = _training(plan, hold, **settings)
     history = resumable(step, parts, steps=steps, seed=seed, checkpoint=checkpoint, every=every,
                         asked=settings | dict(rule=str(rule)))
-    return Recovered(parts["smooth"], history)
+    return Recovered(parts["average"].module, history)

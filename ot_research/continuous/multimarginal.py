@@ -18,7 +18,7 @@ from scipy.sparse import csc_array
 from torch import Tensor
 
 from .spot import Cost
-from ..oracles import gaussian_cost
+from ..oracles import gaussian_cost, matrix_root
 
 # %% ../../nbs/continuous/multimarginal.ipynb #c8
 def barycentric(
@@ -87,12 +87,6 @@ class GaussianTuples(NamedTuple):
     maps: Float[Tensor, "m d d"]  # A_k: the tuple of z is means_k + A_k (z - mean)
 
 # %% ../../nbs/continuous/multimarginal.ipynb #c24
-def _power(S: Float[Tensor, "*batch d d"], exponent: float) -> Float[Tensor, "*batch d d"]:
-    "Of a symmetric matrix of positive eigenvalues"
-    values, vectors = torch.linalg.eigh(S)
-    return vectors * values.clamp(min=0).pow(exponent).unsqueeze(-2) @ vectors.mT
-
-# %% ../../nbs/continuous/multimarginal.ipynb #c24b
 def gaussian_tuples(
     means: Float[Tensor, "m d"],
     covs: Float[Tensor, "m d d"],   # positive definite
@@ -107,8 +101,9 @@ def gaussian_tuples(
         raise ValueError(f"covariances must be positive definite; the least eigenvalue here is {least:.2e}")
     shares, S, eye = weights[:, None, None], covs.mean(0), torch.eye(covs.shape[-1]).to(covs)
     for _ in range(max_iter):
-        root, back = _power(S, 0.5), _power(S, -0.5)
-        maps = back @ _power(root @ covs @ root, 0.5) @ back
+        root = matrix_root(S)
+        back = torch.linalg.inv(root)
+        maps = back @ matrix_root(root @ covs @ root) @ back
         middle = (shares * maps).sum(0)
         if (middle - eye).abs().max() <= tol: break
         S = middle @ S @ middle

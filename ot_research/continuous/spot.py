@@ -15,10 +15,9 @@ from itertools import pairwise, product
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from ..solvers import refuse
-from ..training import Sampler, resumable
+from ..training import Sampler, averaged, resumable
 
 # %% ../../nbs/continuous/spot.ipynb #c8
 def fold(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
@@ -220,13 +219,6 @@ def _examined(samplers, cost, generator, critics, noise, eta: float | Tensor | N
     return game
 
 # %% ../../nbs/continuous/spot.ipynb #c43
-def _average(module: nn.Module, ema: float) -> AveragedModel:
-    "A copy whose weights follow those of a module slowly, and faster at the beginning"
-    if not 0 <= ema < 1: raise ValueError(f"ema must be in [0, 1), not {ema}")
-    step = lambda mean, new, n: mean.lerp(new, 1 - min(ema, float(n / (n + 10))))
-    return AveragedModel(module, avg_fn=step)
-
-# %% ../../nbs/continuous/spot.ipynb #c44
 Adam = partial(torch.optim.Adam, betas=(0.5, 0.999))
 
 def _pace(steps: int, cooling: float) -> Callable[[int], float]:
@@ -234,13 +226,13 @@ def _pace(steps: int, cooling: float) -> Callable[[int], float]:
     if not 0 <= cooling <= 1: raise ValueError(f"cooling must be a share of the steps, in [0, 1], not {cooling}")
     return lambda done: min(1.0, (steps - done) / max(1, cooling * steps))
 
-# %% ../../nbs/continuous/spot.ipynb #c45
+# %% ../../nbs/continuous/spot.ipynb #c44
 def _learner(game: _Game, rounds: int, adam: Callable, lr: float, lr_critics: float, pace: Callable, ema: float):
     "A step in which critics climb and the generator descends, and all that it changes"
     own = dict(cost=game.cost) if isinstance(game.cost, nn.Module) else {}
     learned = [weight for module in (game.generator, *own.values()) for weight in module.parameters()]
     descend, ascend = adam(learned, lr=lr), adam(game.critics.parameters(), lr=lr_critics)
-    rate, average = torch.optim.lr_scheduler.LambdaLR(descend, pace), _average(game.generator, ema)
+    rate, average = torch.optim.lr_scheduler.LambdaLR(descend, pace), averaged(game.generator, ema)
     def step(chance: torch.Generator) -> dict[str, float]:
         for made, real in game.rounds(chance, rounds):
             gap = _gap(game, made, real)
@@ -260,7 +252,7 @@ def _learner(game: _Game, rounds: int, adam: Callable, lr: float, lr_critics: fl
     players = dict(generator=game.generator, critics=game.critics, average=average) | own
     return step, players | dict(descend=descend, ascend=ascend, rate=rate)
 
-# %% ../../nbs/continuous/spot.ipynb #c46
+# %% ../../nbs/continuous/spot.ipynb #c45
 @dataclass(frozen=True, eq=False)
 class Coupling:
     "A plan one can draw from, and how it was learned"
@@ -288,7 +280,7 @@ def _keys(name: str, runs: tuple[int, ...]) -> list[str]:
     "What a figure is called in the history: `cost`, or `cost[0]`, `cost[1]` and so on in a stack"
     return [name + str(list(run)) if run else name for run in product(*map(range, runs))]
 
-# %% ../../nbs/continuous/spot.ipynb #c47
+# %% ../../nbs/continuous/spot.ipynb #c46
 Watch = dict[str, Callable[..., Tensor]]  # figures of a plan by name: of its clouds, one number a run
 
 def _look(coupling: Coupling, cost: Cost, held_out: Sequence[Tensor], watch: Watch) -> dict[str, float]:
@@ -301,7 +293,7 @@ def _look(coupling: Coupling, cost: Cost, held_out: Sequence[Tensor], watch: Wat
         seen[f"marginal {k}"] = sliced_w2(fake.flatten(len(runs) + 1), real.flatten(1).to(fake))
     return {key: value.item() for name in seen for key, value in zip(_keys(name, runs), seen[name].flatten())}
 
-# %% ../../nbs/continuous/spot.ipynb #c48
+# %% ../../nbs/continuous/spot.ipynb #c47
 def spot(
     samplers: Sequence[Sampler],   # of the marginals, two or more
     cost: Cost,                    # of a batch from each, row by row
