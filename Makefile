@@ -49,6 +49,7 @@ clean:  ## remove what was built; .venv stays
 .venv/.dev: $(INI)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[notebooks,data,test]'
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt fcsparser g2p-en
 	@touch $@
 
 .venv/.bench .venv/.docs: .venv/.%: .venv/.dev

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'STYLE', 'SAME', 'SOLVERS', 'look_alike', 'repository_root', 'save_figure', 'show_plan', 'show_surplus',
-           'explore_plan', 'plan_explorer']
+           'explore_plan', 'sliders', 'plan_explorer']
 
 # %% ../nbs/side/viz.ipynb #c2
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from ipywidgets import Dropdown, FloatLogSlider, HBox, SelectionSlider, VBox, interactive_output
+from ipywidgets import Dropdown, FloatLogSlider, HBox, SelectionSlider, VBox, Widget, interactive_output
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -89,7 +89,7 @@ SOLVERS = {
     "IPOT": lambda problem, strength, n_iter: ipot(problem, beta=strength, n_iter=n_iter),
 }
 
-# %% ../nbs/side/viz.ipynb #surplus
+# %% ../nbs/side/viz.ipynb #c25
 def show_surplus(ax: Axes, bins: np.ndarray, surplus: np.ndarray, side: str) -> None:
     "What each row or column of a plan carries too much; rounding, below 1e-9, is not drawn"
     limit, error = max(abs(surplus).max(), 1e-9), abs(surplus).sum()
@@ -98,7 +98,7 @@ def show_surplus(ax: Axes, bins: np.ndarray, surplus: np.ndarray, side: str) -> 
            title=f"{side} error " + (f"{error:.1e}" if error > 1e-9 else "below 1e-9"))
     ax.label_outer()
 
-# %% ../nbs/side/viz.ipynb #c25
+# %% ../nbs/side/viz.ipynb #c26
 def explore_plan(
     solver: Callable[[Problem, float, int], OTResult],  # one of SOLVERS.values(), or your own
     strength: float,                                    # in units of the largest cost
@@ -126,16 +126,24 @@ def explore_plan(
                  f"the exact cost is in [{bounds.lower:.6f}, {bounds.upper:.6f}]", fontsize=10)
     return result, fig
 
-# %% ../nbs/side/viz.ipynb #c31
+# %% ../nbs/side/viz.ipynb #c32
+def sliders(
+    draw: Callable[..., object],  # makes a figure
+    **controls: Widget,           # by the argument of `draw` they set
+) -> VBox:
+    "Controls above a drawing that follows them"
+    def show(**state):
+        draw(**state)
+        plt.show()
+    for name, control in controls.items():
+        control.description, control.continuous_update = control.description or name, False
+    return VBox([HBox(list(controls.values())), interactive_output(show, controls)])
+
+# %% ../nbs/side/viz.ipynb #c34
 def plan_explorer(histograms: Histograms | None = None) -> VBox:
     "Sliders for solver, strength and iterations around `explore_plan`"
-    controls = dict(
-        solver=Dropdown(options=list(SOLVERS), value="IPOT", description="solver"),
-        strength=FloatLogSlider(0.1, min=-4, max=0, step=0.25, description="reg or β",
-                                continuous_update=False),
-        n_iter=SelectionSlider(options=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000), value=200,
-                               description="iterations", continuous_update=False))
-    def draw(solver, **state):
-        explore_plan(SOLVERS[solver], **state, histograms=histograms)
-        plt.show()
-    return VBox([HBox(list(controls.values())), interactive_output(draw, controls)])
+    return sliders(lambda solver, **state: explore_plan(SOLVERS[solver], **state, histograms=histograms),
+                   solver=Dropdown(options=list(SOLVERS), value="IPOT"),
+                   strength=FloatLogSlider(0.1, min=-4, max=0, step=0.25, description="reg or β"),
+                   n_iter=SelectionSlider(options=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000), value=200,
+                                          description="iterations"))

@@ -10,7 +10,7 @@ LAYERS = [["kernels"], ["geometry"], ["grids", "marginals"], ["plan"], ["scaling
           ["solvers", "newton", "candidates", "densities"], ["dual", "batches", "levels", "laplacian"],
           ["annealing", "implicit"], ["exact", "connect"], ["doors", "proximal", "barycenter"],
           ["extension", "conversion", "loss", "training"], ["continuous", "apps"]]
-SIDE = ["data", "viz", "bench"]  # may import anything, and nothing above may import them
+SIDE = ["data", "records", "viz", "explorers", "bench"]  # may import anything, and nothing above may import them
 RANK = {name: rank for rank, names in enumerate([*LAYERS, SIDE]) for name in names}
 MODULES = sorted(PACKAGE.rglob("[!_]*.py"))
 

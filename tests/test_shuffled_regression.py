@@ -4,8 +4,7 @@ import pytest
 import torch
 from sklearn.base import clone
 
-from ot_research.apps.shuffled_regression import (ShuffledRegression, explore_unshuffling, newton_path,
-                                                  unshuffling_explorer)
+from ot_research.apps.shuffled_regression import ShuffledRegression, newton_path
 from ot_research.apps.unpaired import sorted_matching, unpaired, unpaired_loss
 from ot_research.apps.unpaired_starts import (affine, around, by_quantile, by_sorting, linear, moments,
                                               of_module, predictions, ransac, sorted_search)
@@ -141,12 +140,3 @@ def test_parameters_are_kept_by_clones():
 def test_bad_input_is_refused_by_name(change, message):
     data = {name: change.pop(name, t) for name, t in dict(x=draws(10, 2), y=draws(10)).items()}
     with pytest.raises(ValueError, match=message): ShuffledRegression(**change).fit(data["x"], data["y"])
-
-
-def test_the_explorer_draws_every_step():
-    x, y, _ = task(60)
-    fit = ShuffledRegression(start=ransac(draws=100), steps=3).fit(x, half_shuffled(y))
-    for step in range(len(fit.path_)):
-        likely, fig = explore_unshuffling(fit, x, half_shuffled(y), step)
-        assert likely.shape == (60,) and 0 <= likely.min() and likely.max() <= 1 + 1e-6 and len(fig.axes) == 3
-    assert unshuffling_explorer(fit, x, y).children[0].max == len(fit.path_) - 1

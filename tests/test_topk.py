@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from ot_research import solve_sample
-from ot_research.apps.topk import (
-    explore_temperature, soft_rank, soft_sort, soft_topk, soft_topk_sorted, temperature_explorer)
+from ot_research.apps.topk import soft_rank, soft_sort, soft_topk, soft_topk_sorted
 
 SIX = torch.tensor([5.0, 2, 3, 4, 1, 6], dtype=torch.float64)
 CHOSEN = torch.tensor([.15886909, .84113085, .63542354, .36457655, .9414631, .05853688], dtype=torch.float64)
@@ -264,13 +263,3 @@ def test_devices(device):
     A[1:4].sum().backward()
     near(A.detach().cpu(), CHOSEN, 5e-7)
     near(x.grad.cpu(), SLOPES, 5e-7)
-
-
-def test_the_explorer_shows_what_is_chosen():
-    A, fig = explore_temperature(SIX, 2, 0.5)
-    assert torch.equal(A, soft_topk(SIX, 2, eps=0.5))
-    assert "k = 2, ε = 0.5" in fig.axes[0].get_title()
-    assert fig.axes[0].get_xlabel() == "score"
-    controls = temperature_explorer(SIX).children[0].children
-    assert [c.description for c in controls] == ["k", "ε"] and controls[0].max == 6
-    explore_temperature(SIX, 0, 0.5)
