@@ -18,10 +18,11 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from .geometry import Geometry
-from .implicit import Refused, attach
+from .implicit import attach
 from .marginals import EXACT
 from .plan import OTResult, Transport, weighted
 from .products import SparsePlan
+from .zeros import Refused
 
 # %% ../nbs/core/19_connect.ipynb #c7
 def varies(*inputs) -> bool:

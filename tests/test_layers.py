@@ -8,7 +8,8 @@ from runner import ROOT
 PACKAGE = ROOT / "ot_research"
 LAYERS = [["kernels"], ["geometry"], ["grids", "marginals"], ["plan"], ["scaling", "oracles", "products"],
           ["solvers", "newton", "candidates", "densities"], ["dual", "batches", "levels", "laplacian"],
-          ["annealing", "implicit"], ["exact", "connect"], ["doors", "proximal", "barycenter"],
+          ["annealing", "zeros"], ["exact", "stationary"], ["implicit"], ["connect"],
+          ["doors", "proximal", "barycenter"],
           ["extension", "conversion", "loss", "training"], ["continuous", "apps"]]
 SIDE = ["data", "records", "viz", "explorers", "bench"]  # may import anything, and nothing above may import them
 RANK = {name: rank for rank, names in enumerate([*LAYERS, SIDE]) for name in names}
