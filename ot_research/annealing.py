@@ -188,8 +188,8 @@ _READ, _FEW = 128, 2**24  # coordinates from which costs are better read than co
 
 def at_hand(geometry: Geometry) -> Geometry:
     "The same costs, in memory where that pays"
-    coordinates = geometry.form.key.shape[-1] if isinstance(geometry.form, Factored) else 0
-    if coordinates < _READ or geometry.shape.numel() > _FEW: return geometry
+    cheap = isinstance(geometry.form, Factored) and geometry.form.key.shape[-1] < _READ
+    if cheap or not isinstance(geometry, PointCloud) or geometry.shape.numel() > _FEW: return geometry
     C = torch.empty(geometry.shape, dtype=geometry.dtype, device=geometry.device)
     for rows in row_blocks(C.shape, C.device): C[rows] = geometry.cost_rows(rows)
     return DenseCost(C)

@@ -30,21 +30,23 @@ def newton_path(
     tol: float = 1e-6,  # gain that is not worth a step, in units of the loss
 ) -> list[Float[Tensor, "q"]]:
     "Where Newton's method goes, downhill all the way"
-    path = [theta]
+    path, at = [theta], theta.detach().requires_grad_()
+    value = loss(at)
     for _ in range(steps):
-        at = path[-1].detach().requires_grad_()
-        value = loss(at)
         (slope,) = torch.autograd.grad(value, at, create_graph=True)
-        along = torch.eye(len(at)).to(at)
-        rows = [torch.autograd.grad(slope, at, one, retain_graph=True)[0] for one in along]
+        rows = [torch.autograd.grad(slope, at, one, retain_graph=True)[0] for one in torch.eye(len(at)).to(at)]
         bends, axes = torch.linalg.eigh(torch.stack(rows))
         step = -axes @ (axes.T @ slope.detach() / bends.abs().clamp(min=1e-4 * bends.abs().max()))
         gain, length = -(slope.detach() @ step).item() / 2, 1.0
         if gain < tol: break
-        with torch.no_grad():
-            while length > 1e-3 and not loss(at + length * step) <= value - 1e-3 * length * gain: length /= 2
-        if length <= 1e-3: break
-        path.append(at.detach() + length * step)
+        while length > 1e-3:
+            new = (at.detach() + length * step).requires_grad_()
+            lower = loss(new)
+            if lower <= value - 1e-3 * length * gain: break
+            length /= 2
+        else: break
+        at, value = new, lower
+        path.append(at.detach())
     return path
 
 # %% ../../nbs/apps/shuffled_regression.ipynb #c12
