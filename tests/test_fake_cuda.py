@@ -13,13 +13,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from ot_research.batches import Kernels, factored, kernel, scaled, soft_minimum, system
 from ot_research.dual import hill, walk
 from ot_research.geometry import DenseCost, PointCloud
 from ot_research.plan import Plan, Problem, dual_bound, rounded_cost
 from ot_research.scaling import (
     Iterate, annealed, constant, half_step, harmonic, over_relaxed, proportional, scale, secant)
 from ot_research.solvers import ipot, sinkhorn
+from ot_research.together import Kernels, factored, kernel, scaled, soft_minimum, system
 
 N, M, D, K = 6, 5, 3, 2
 DTYPES = [torch.float32, torch.float64]
