@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ot_research.continuous.adaptation import LabelledCost, accuracy, fit_labels, information
-from ot_research.continuous.spot import Apart, Stacked, fold, spot
+from ot_research.continuous.spot import spot
+from ot_research.continuous.stacked import Apart, Stacked, fold
 from ot_research.training import resample
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ot_research.continuous.spot import Apart, Stacked, correlation, exact_penalty, fold, sliced_w2, spot
+from ot_research.continuous.spot import correlation, exact_penalty, sliced_w2, spot
+from ot_research.continuous.stacked import Apart, Stacked, fold
 from ot_research.training import resample
 
 SHIFT = torch.tensor([1.0, 0.0])

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .flow import Flow, PlanDensity, Steps, normal_latents, sound
-from .spot import Stacked, fold
+from .stacked import Stacked, fold
 from ..doors import solve_sample
 from ..geometry import PointCloud
 from ..solvers import refuse
