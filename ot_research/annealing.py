@@ -26,8 +26,10 @@ from .geometry import DenseCost, Factored, Geometry, PointCloud
 from .kernels import row_blocks
 from .levels import Pace, below, descend, level_at, paces
 from .newton import direction, newton, scaled
-from .plan import Certificate, OTResult, Problem, require_balanced
+from .plan import Certificate
+from .problem import Problem, require_balanced
 from .products import Stored, stacked
+from .result import OTResult
 from .scaling import half_step
 from .solvers import TOL, finished, refuse, widened
 

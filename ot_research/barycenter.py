@@ -19,7 +19,9 @@ from tqdm.auto import tqdm
 
 from .exact import exact
 from .geometry import Flaw, Geometry, PointCloud, float_tensors
-from .plan import MASS_TOL, Certificate, OTResult, Problem, weight_flaws
+from .plan import Certificate
+from .problem import MASS_TOL, Problem, weight_flaws
+from .result import OTResult
 from .scaling import Iterate, Schedule, constant, half_step, harmonic, proportional, secant
 from .solvers import EXACT_TOL, LOOK, TOL, at_most, finished, refuse, widened
 

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .plan import OTResult, Problem, require_balanced
+from .problem import Problem, require_balanced
+from .result import OTResult
 from .solvers import TOL, finished, refuse, widened
 from .together import newton_together, reaching, soft_minimum, times_left
 

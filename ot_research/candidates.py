@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from .geometry import Geometry
 from .kernels import Scores, row_blocks, score_blocks, softmax_blocks
-from .plan import Problem
+from .problem import Problem
 from .products import Edges, Stored, dense_matrix
 from .scaling import half_step
 

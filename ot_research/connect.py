@@ -20,8 +20,9 @@ from torch.autograd.forward_ad import unpack_dual
 from .geometry import Geometry
 from .implicit import attach
 from .marginals import EXACT
-from .plan import OTResult, Transport, weighted
+from .plan import Transport, weighted
 from .products import SparsePlan
+from .result import OTResult
 from .zeros import Refused
 
 # %% ../nbs/core/19_connect.ipynb #c7

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .plan import OTResult
+from .result import OTResult
 
 # %% ../nbs/core/23_conversion.ipynb #c7
 def reg_from_blur(

@@ -22,7 +22,9 @@ from .candidates import fits, reach_of
 from .connect import connected, parts, varies
 from .exact import exact
 from .geometry import DenseCost, Geometry, PointCloud, float_tensors
-from .plan import OTResult, Problem, dual_bound
+from .plan import dual_bound
+from .problem import Problem
+from .result import OTResult
 from .scaling import annealed, constant, over_relaxed
 from .solvers import sinkhorn
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .kernels import softmax_blocks
-from .plan import OTResult, Problem, require_balanced
+from .problem import Problem, require_balanced
+from .result import OTResult
 from .scaling import half_step
 from .solvers import TOL, finished, refuse, widened
 

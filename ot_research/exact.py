@@ -21,8 +21,10 @@ from .candidates import Views, balanced, views
 from .geometry import Geometry, PointCloud
 from .kernels import row_blocks
 from .levels import Level, Pace, descend, level_at, paces, solve_level
-from .plan import ROUNDING, Certificate, OTResult, Problem, dual_bound, require_balanced
+from .plan import Certificate, dual_bound
+from .problem import Problem, require_balanced
 from .products import SparsePlan, edges_between
+from .result import ROUNDING, OTResult
 from .solvers import EXACT_TOL, finished, refuse
 
 # %% ../nbs/core/12_exact.ipynb #c8

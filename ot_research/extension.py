@@ -15,7 +15,9 @@ from torch import Tensor
 
 from .doors import solve_sample
 from .geometry import PointCloud
-from .plan import OTResult, Plan, Problem
+from .plan import Plan
+from .problem import Problem
+from .result import OTResult
 from .scaling import half_step
 
 # %% ../nbs/core/22_extension.ipynb #c7

@@ -21,6 +21,7 @@ from .geometry import Factored, Geometry
 from .laplacian import LARGEST, Laplacian
 from .marginals import EXACT
 from .plan import weighted
+from .result import leveled
 from .stationary import Mass
 from .zeros import Move, Postponed
 
@@ -131,12 +132,10 @@ def _value(self: "Attached") -> Float[Tensor, "*batch"]:
 
 # %% ../nbs/core/18_implicit.ipynb #c23
 def _potentials(self: "Attached") -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch m"]]:
-    "Dual potentials in units of the cost; where a constant is free, balanced so that `<a, f> = <b, g>`"
+    "Dual potentials in units of the cost; where a constant is free, leveled so that `<a, f> = <b, g>`"
     f, g = (frozen + self.eps * move for frozen, move in zip((self.f, self.g), self.moves))
-    if self.rho != EXACT: return f.to(self.dtype), g.to(self.dtype)
-    apart = (self.b * g).sum(-1, keepdim=True) - (self.a * f).sum(-1, keepdim=True)
-    shift = apart / (self.a.sum(-1) + self.b.sum(-1)).unsqueeze(-1)
-    return (f + shift).to(self.dtype), (g - shift).to(self.dtype)
+    if self.rho == EXACT: f, g = leveled(self.a, self.b, f, g)
+    return f.to(self.dtype), g.to(self.dtype)
 
 # %% ../nbs/core/18_implicit.ipynb #c26
 FEW = 2**23  # pairs that are kept of a large problem, at most

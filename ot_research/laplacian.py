@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .densities import Cloud, Table, in_front, refuse_nested_forward, there_and_back, times
 from .newton import Scaled, conjugate_gradients, direction
-from .plan import ConvergenceWarning
 from .products import Stored, dense_matrix
+from .result import ConvergenceWarning
 
 # %% ../nbs/core/17_laplacian.ipynb #c7
 class Joint(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .candidates import DENSE, EDGES, MOST, candidates, sparse_kernel
 from .newton import newton
-from .plan import Problem
+from .problem import Problem
 from .products import Edges
 
 # %% ../nbs/core/10_levels.ipynb #c6

@@ -18,7 +18,7 @@ from scipy.sparse import block_array, block_diag, eye_array, kron, vstack
 from torch import Tensor
 
 from .geometry import DenseCost, PointCloud, float_tensors
-from .plan import Problem
+from .problem import Problem
 
 # %% ../nbs/core/05_oracles.ipynb #c7
 class LinearProgram(NamedTuple):

@@ -16,7 +16,8 @@ from .annealing import annealed_walks, one_by_one, supported
 from .candidates import balanced, views
 from .exact import better, looked, proven
 from .levels import Level, cooled, level_at, paces, solve_level
-from .plan import OTResult, Problem, require_balanced
+from .problem import Problem, require_balanced
+from .result import OTResult
 from .solvers import EXACT_TOL, finished, refuse
 
 # %% ../nbs/core/15_proximal.ipynb #c10

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .kernels import FLOOR
 from .marginals import Capped, Held, settled
-from .plan import Problem
+from .problem import Problem
 
 # %% ../nbs/core/04_scaling.ipynb #c7
 def half_step(

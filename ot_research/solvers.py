@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .plan import ConvergenceWarning, OTResult, Problem, require_balanced
+from .problem import Problem, require_balanced
+from .result import ConvergenceWarning, OTResult
 from .scaling import Iterate, Schedule, constant, harmonic, proportional, scale, secant
 
 # %% ../nbs/core/06_solvers.ipynb #c8

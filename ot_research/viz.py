@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .data import Histograms, ipot_histograms
 from .geometry import DenseCost
-from .plan import OTResult, Problem
+from .problem import Problem
+from .result import OTResult
 from .solvers import ipot, sinkhorn
 
 # %% ../nbs/side/viz.ipynb #c6

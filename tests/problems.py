@@ -2,7 +2,7 @@
 import torch
 
 from ot_research.geometry import DenseCost, PointCloud
-from ot_research.plan import Problem
+from ot_research.problem import Problem
 
 
 def hard_problems(n: int) -> dict[str, Problem]:

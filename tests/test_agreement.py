@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from ot_research import solve, solve_sample
 from ot_research.oracles import gaussian_cost
-from ot_research.plan import ConvergenceWarning
+from ot_research.result import ConvergenceWarning
 
 F64 = torch.float64
 pytestmark = pytest.mark.usefixtures("as_installed")

@@ -10,7 +10,7 @@ from ot_research.bench import extra_memory
 from ot_research.geometry import DenseCost, PointCloud
 from ot_research.grids import Grid
 from ot_research.oracles import barycenter_program
-from ot_research.plan import ConvergenceWarning
+from ot_research.result import ConvergenceWarning
 from ot_research.scaling import over_relaxed
 
 F64 = torch.float64

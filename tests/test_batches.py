@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from ot_research.batches import batch_sinkhorn
 from ot_research.conversion import padded_costs
 from ot_research.geometry import DenseCost, PointCloud
-from ot_research.plan import ConvergenceWarning, Problem
+from ot_research.problem import Problem
+from ot_research.result import ConvergenceWarning
 from ot_research.solvers import sinkhorn
 
 F64 = torch.float64
@@ -50,7 +51,7 @@ def test_hard_problems_at_every_strength(name):
 
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("strength", [1e-8, 1e-10])
-@pytest.mark.filterwarnings("ignore::ot_research.plan.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::ot_research.result.ConvergenceWarning")
 def test_tiny_strengths_give_finite_potentials_and_an_honest_error(name, strength):
     problem = HARD[name]
     result = batch_sinkhorn(problem, reg=strength * typical_cost(problem))

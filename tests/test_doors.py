@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import ot_research
 from ot_research import solve, solve_sample
-from ot_research.plan import ConvergenceWarning
+from ot_research.result import ConvergenceWarning
 from ot_research.solvers import sinkhorn
 
 N, M, D = 6, 5, 2
@@ -181,7 +181,7 @@ CALLS = """
 import torch
 from ot_research import solve, solve_sample
 from ot_research.geometry import DenseCost
-from ot_research.plan import Problem
+from ot_research.problem import Problem
 from ot_research.solvers import ipot, sinkhorn
 torch.manual_seed(0)
 C = torch.rand(50, 50)

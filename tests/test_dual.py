@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from ot_research.dual import hill, lbfgs_sinkhorn, walk
 from ot_research.geometry import DenseCost, PointCloud
-from ot_research.plan import ConvergenceWarning, Problem
+from ot_research.problem import Problem
+from ot_research.result import ConvergenceWarning
 from ot_research.solvers import sinkhorn
 
 F64 = torch.float64
@@ -42,7 +43,7 @@ def test_hard_problems_at_every_strength(name):
 
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("strength", [1e-5, 1e-8])
-@pytest.mark.filterwarnings("ignore::ot_research.plan.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::ot_research.result.ConvergenceWarning")
 def test_tiny_strengths_give_finite_potentials_and_an_honest_error(name, strength):
     problem = HARD[name]
     result = lbfgs_sinkhorn(problem, reg=strength * typical_cost(problem), max_iter=1000)

@@ -7,7 +7,9 @@ from problems import hard_problems
 from ot_research.exact import exact
 from ot_research.geometry import DenseCost, PointCloud
 from ot_research.oracles import assignment
-from ot_research.plan import ConvergenceWarning, Problem, Transport
+from ot_research.plan import Transport
+from ot_research.problem import Problem
+from ot_research.result import ConvergenceWarning
 
 HARD = hard_problems(80)
 F64 = torch.float64

@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from ot_research.dual import hill, walk
 from ot_research.geometry import DenseCost, PointCloud
-from ot_research.plan import Plan, Problem, dual_bound, rounded_cost
+from ot_research.plan import Plan, dual_bound, rounded_cost
+from ot_research.problem import Problem
 from ot_research.scaling import (
     Iterate, annealed, constant, half_step, harmonic, over_relaxed, proportional, scale, secant)
 from ot_research.solvers import ipot, sinkhorn

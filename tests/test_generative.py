@@ -169,5 +169,5 @@ def test_a_held_plan_may_be_a_table_and_is_priced_as_one():
 
 
 def find_cost(x, y, find):
-    from ot_research.plan import Problem
+    from ot_research.problem import Problem
     return (find(Problem(PointCloud(x, y))).dense() * torch.cdist(x, y).square()).sum()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ot_research.doors import transport
 from ot_research.geometry import DenseCost, Geometry
 from ot_research.grids import Grid
-from ot_research.plan import Problem
+from ot_research.problem import Problem
 from ot_research.solvers import ipot, sinkhorn
 
 ALL = slice(None)

@@ -13,7 +13,8 @@ from ot_research import implicit, laplacian
 from ot_research.batches import batch_sinkhorn
 from ot_research.geometry import DenseCost, PointCloud
 from ot_research.implicit import attach
-from ot_research.plan import Problem, Transport
+from ot_research.plan import Transport
+from ot_research.problem import Problem
 from ot_research.solvers import ipot
 
 WEIGHTS = torch.tensor([4 / 5, -1 / 5, 4 / 105, -1 / 280], dtype=torch.float64)  # of a difference of order 8

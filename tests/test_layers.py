@@ -6,8 +6,9 @@ import pytest
 from runner import ROOT
 
 PACKAGE = ROOT / "ot_research"
-LAYERS = [["kernels"], ["geometry"], ["grids", "marginals"], ["plan"], ["scaling", "oracles", "products"],
-          ["solvers", "newton", "candidates", "densities", "together"], ["dual", "batches", "levels", "laplacian"],
+LAYERS = [["kernels"], ["geometry"], ["grids", "marginals"], ["problem"], ["plan"],
+          ["result", "scaling", "oracles", "products"], ["solvers", "newton", "candidates", "densities", "together"],
+          ["dual", "batches", "levels", "laplacian"],
           ["annealing", "zeros"], ["exact", "stationary"], ["implicit"], ["connect"],
           ["doors", "proximal", "barycenter"],
           ["extension", "conversion", "loss", "training"], ["continuous", "apps"]]

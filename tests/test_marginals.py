@@ -13,7 +13,8 @@ from ot_research import solve, solve_sample
 from ot_research.extension import map_at, potential_at, turned
 from ot_research.geometry import DenseCost, PointCloud
 from ot_research.marginals import Capped, Held, settled
-from ot_research.plan import ConvergenceWarning, Problem
+from ot_research.problem import Problem
+from ot_research.result import ConvergenceWarning
 from ot_research.scaling import half_step, over_relaxed
 from ot_research.solvers import ipot, sinkhorn
 

@@ -15,7 +15,8 @@ SETUP = """
 import json, torch
 from ot_research.bench import extra_memory, resident
 from ot_research.geometry import DenseCost, PointCloud
-from ot_research.plan import Problem, dual_bound
+from ot_research.plan import dual_bound
+from ot_research.problem import Problem
 from ot_research.scaling import half_step
 from ot_research.solvers import sinkhorn
 torch.set_num_threads(1)

@@ -9,8 +9,9 @@ from ot_research.annealing import newton_sinkhorn, typical_cost
 from ot_research.exact import exact
 from ot_research.geometry import PointCloud
 from ot_research.newton import newton
-from ot_research.plan import ConvergenceWarning, Problem
+from ot_research.problem import Problem
 from ot_research.products import dense_matrix
+from ot_research.result import ConvergenceWarning
 from ot_research.solvers import sinkhorn
 
 HARD = hard_problems(80)

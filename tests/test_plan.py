@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ot_research.geometry import DenseCost, PointCloud
-from ot_research.plan import Certificate, OTResult, Plan, Problem, dual_bound, rounded_cost
+from ot_research.plan import Certificate, Plan, dual_bound, rounded_cost
+from ot_research.problem import Problem
+from ot_research.result import OTResult
 from ot_research.scaling import annealed
 from ot_research.solvers import ipot, sinkhorn
 

@@ -5,8 +5,8 @@ import torch
 from problems import hard_problems
 
 from ot_research.annealing import typical_cost
-from ot_research.plan import ConvergenceWarning
 from ot_research.proximal import newton_ipot
+from ot_research.result import ConvergenceWarning
 
 HARD = hard_problems(40)
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from problems import hard_problems
 
 from ot_research.geometry import DenseCost, PointCloud
-from ot_research.plan import ConvergenceWarning, Plan, Problem
+from ot_research.plan import Plan
+from ot_research.problem import Problem
+from ot_research.result import ConvergenceWarning
 from ot_research.scaling import (
     Iterate, annealed, constant, half_step, learned, over_relaxed, proportional, scale)
 from ot_research.solvers import ipot, sinkhorn

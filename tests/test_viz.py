@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from ot_research.data import Histograms, ipot_histograms
 from ot_research.geometry import DenseCost
 from ot_research.oracles import linear_program
-from ot_research.plan import Problem
+from ot_research.problem import Problem
 from ot_research.viz import SOLVERS, explore_plan, look_alike, plan_explorer, save_figure
 
 

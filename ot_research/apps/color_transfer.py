@@ -17,7 +17,8 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from ..geometry import PointCloud
-from ..plan import OTResult, Problem
+from ..problem import Problem
+from ..result import OTResult
 from ..solvers import ipot
 
 # %% ../../nbs/apps/color_transfer.ipynb #c9

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..geometry import PointCloud
-from ..plan import Problem, Transport
+from ..plan import Transport
+from ..problem import Problem
 from ..solvers import refuse
 from ..training import Sampler, resumable
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .unpaired import unpaired, unpaired_loss
 from .unpaired_starts import Model, Start, linear, ransac
-from ..plan import OTResult
+from ..result import OTResult
 
 # %% ../../nbs/apps/shuffled_regression.ipynb #c8
 def newton_path(

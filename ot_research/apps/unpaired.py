@@ -16,7 +16,7 @@ from torch.nn.functional import pad, softplus
 
 from ..doors import transport
 from ..geometry import PointCloud
-from ..plan import OTResult
+from ..result import OTResult
 
 # %% ../../nbs/apps/unpaired.ipynb #c8
 class SortedMatching(NamedTuple):
