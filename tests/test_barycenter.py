@@ -5,8 +5,9 @@ import ot
 import pytest
 import torch
 
-from ot_research.barycenter import debiased_barycenter, free_barycenter, ipot_barycenter, sinkhorn_barycenter
+from ot_research.barycenter import debiased_barycenter, ipot_barycenter, sinkhorn_barycenter
 from ot_research.bench import extra_memory
+from ot_research.free_support import free_barycenter
 from ot_research.geometry import DenseCost, PointCloud
 from ot_research.grids import Grid
 from ot_research.oracles import barycenter_program

@@ -11,7 +11,7 @@ LAYERS = [["kernels"], ["geometry"], ["grids", "marginals"], ["problem"], ["plan
           ["dual", "batches", "levels", "laplacian"],
           ["annealing", "zeros"], ["exact", "stationary"], ["implicit"], ["connect"],
           ["doors", "proximal", "barycenter"],
-          ["extension", "conversion", "loss", "training"], ["continuous", "apps"]]
+          ["extension", "conversion", "loss", "training", "free_support"], ["continuous", "apps"]]
 SIDE = ["data", "records", "viz", "explorers", "bench"]  # may import anything, and nothing above may import them
 RANK = {name: rank for rank, names in enumerate([*LAYERS, SIDE]) for name in names}
 MODULES = sorted(PACKAGE.rglob("[!_]*.py"))
