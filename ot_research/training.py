@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
@@ -23,7 +23,7 @@ from .solvers import refuse
 Sampler = Callable[[int, torch.Generator], Tensor]  # so many points, drawn by this generator
 
 # %% ../nbs/core/26_training.ipynb #c9
-def resample(points: Float[Tensor, "n *shape"]) -> Sampler:
+def resample(points: Shaped[Tensor, "n *shape"]) -> Sampler:  # of any type: labels are drawn as well
     "Draws rows of a data set; within a batch none comes twice"
     def draw(count: int, chance: torch.Generator) -> Tensor:
         if count > len(points): raise ValueError(f"a batch of {count} asks for more than the {len(points)} points")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from ot_research.training import resumable
+from ot_research.training import resample, resumable
 
 
 def counting(breaks=None, spoils=None):
@@ -54,3 +54,9 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, then, now, message)
 def test_a_folder_that_is_not_there_is_made(tmp_path):
     resumable(*counting(), steps=1, checkpoint=tmp_path / "new/folder/run.pt")
     assert (tmp_path / "new/folder/run.pt").exists()
+
+
+def test_labels_are_drawn_as_points_are():
+    points, labels = torch.arange(9.0)[:, None], torch.arange(9)
+    drawn = [resample(t)(5, torch.Generator().manual_seed(2)) for t in (points, labels)]
+    assert drawn[1].dtype == torch.int64 and torch.equal(drawn[0][:, 0].long(), drawn[1])
