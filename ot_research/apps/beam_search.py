@@ -77,10 +77,10 @@ def beam_search(
     width: int,          # beams, once there are as many paths; 1 is greedy
     steps: int,          # most symbols of a path
     choose: Choice = hard_topk,
-    candidates: int | None = None,  # best continuations among which to choose; twice the width
+    candidates: int | None = None,  # best continuations among which to choose; four times the width
 ) -> Beams:
     "The likeliest sequences of a model, found by beams that may be chosen softly [Xie et al. 2020, SOFT]"
-    kept = 2 * width if candidates is None else candidates
+    kept = 4 * width if candidates is None else candidates
     _refused(width=width, steps=steps, candidates=kept)
     if kept < width: raise ValueError(f"{width} beams need at least as many candidates, not {kept}")
     symbols = torch.eye(len(embedding)).to(state)
