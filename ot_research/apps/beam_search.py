@@ -8,6 +8,7 @@ __all__ = ['Step', 'Choice', 'ordered_topk', 'hard_topk', 'Beams', 'beam_search'
 # %% ../../nbs/apps/beam_search.ipynb #c2
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -66,7 +67,34 @@ def _refused(**counts: int) -> None:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be a whole number > 0, not {count!r}")
 
-# %% ../../nbs/apps/beam_search.ipynb #c20
+# %% ../../nbs/apps/beam_search.ipynb #c21
+class _Front(NamedTuple):
+    "Beams on their way"
+    paths: Float[Tensor, "b k tv"]  # symbols so far, one place behind the other
+    scores: Float[Tensor, "b k"]    # log-likelihood
+    ended: Float[Tensor, "b k"]     # share of the beam that has stopped
+    state: Float[Tensor, "b k h"]
+    last: Float[Tensor, "b k e"]    # embedding of the last symbol
+
+def _further(
+    front: _Front,
+    logp: Float[Tensor, "b k v"],       # of the next symbol
+    embedding: Float[Tensor, "v e"],
+    stop: int,
+    kept: int,                          # candidates
+    choose: Callable[[Float[Tensor, "b n"]], Float[Tensor, "b n k"]],
+) -> _Front:
+    "The beams one symbol further"
+    row, symbols = torch.arange(len(logp), device=logp.device).unsqueeze(-1), torch.eye(len(embedding)).to(logp)
+    total = (front.scores.unsqueeze(-1) + _continued(logp, front.ended, symbols[stop])).flatten(1)
+    total, best = total.topk(min(kept, total.shape[1]))
+    parent, symbol = best // len(embedding), best % len(embedding)
+    A, over = choose(total).mT, torch.maximum(front.ended[row, parent], (symbol == stop).to(total))
+    scores, ended = (A @ torch.stack([total, over], -1)).unbind(-1)
+    longer = torch.cat([front.paths[row, parent], symbols[symbol]], -1)
+    return _Front(A @ longer, scores, ended, A @ front.state[row, parent], A @ embedding[symbol])
+
+# %% ../../nbs/apps/beam_search.ipynb #c23
 def beam_search(
     step: Step,
     embedding: Float[Tensor, "v e"],  # of every symbol
@@ -83,27 +111,18 @@ def beam_search(
     kept = 4 * width if candidates is None else candidates
     _refused(width=width, steps=steps, candidates=kept)
     if kept < width: raise ValueError(f"{width} beams need at least as many candidates, not {kept}")
-    symbols = torch.eye(len(embedding)).to(state)
-    batch, row = len(state), torch.arange(len(state), device=state.device).unsqueeze(-1)
-    paths, scores, ended = state.new_zeros(batch, 1, 0), state.new_zeros(batch, 1), state.new_zeros(batch, 1)
-    state, last = state.unsqueeze(1), embedding[start].expand(batch, 1, -1)
+    batch, nothing = len(state), state.new_zeros(len(state), 1)
+    front = _Front(state.new_zeros(batch, 1, 0), nothing, nothing, state.unsqueeze(1), embedding[start].expand(batch, 1, -1))
     for _ in range(steps):
-        logp, state = (part.unflatten(0, (batch, -1)) for part in step(last.flatten(0, 1), state.flatten(0, 1)))
-        total = (scores.unsqueeze(-1) + _continued(logp, ended, symbols[stop])).flatten(1)
-        total, best = total.topk(min(kept, total.shape[1]))
-        parent, symbol = best // len(embedding), best % len(embedding)
-        A = choose(total, min(width, total.shape[1])).mT
-        mean = lambda part: A @ part
-        longer = torch.cat([paths[row, parent], symbols[symbol]], -1)
-        paths, state, last = mean(longer), mean(state[row, parent]), mean(embedding[symbol])
-        over = torch.maximum(ended[row, parent], (symbol == stop).to(state))
-        scores, ended = (mean(part.unsqueeze(-1)).squeeze(-1) for part in (total, over))
-        if (ended == 1).all(): break
-    paths = paths.unflatten(-1, (-1, len(embedding)))
-    rest = symbols[stop].expand(*paths.shape[:2], steps - paths.shape[2], -1)
-    return Beams(torch.cat([paths, rest], 2), scores)
+        logp, state = (part.unflatten(0, (batch, -1)) for part in step(front.last.flatten(0, 1), front.state.flatten(0, 1)))
+        pick = lambda scores: choose(scores, min(width, scores.shape[1]))
+        front = _further(front._replace(state=state), logp, embedding, stop, kept, pick)
+        if (front.ended == 1).all(): break
+    paths = front.paths.unflatten(-1, (-1, len(embedding)))
+    rest = torch.eye(len(embedding)).to(paths)[stop].expand(*paths.shape[:2], steps - paths.shape[2], -1)
+    return Beams(torch.cat([paths, rest], 2), front.scores)
 
-# %% ../../nbs/apps/beam_search.ipynb #c38
+# %% ../../nbs/apps/beam_search.ipynb #c41
 def soft_beam_loss(
     beams: Beams,
     target: Int[Tensor, "b t"],  # symbols, then stops
