@@ -92,6 +92,7 @@ def test_bridges_fill_gaps_and_nothing_else():
 
 def test_learned_motion_is_narrow_and_still_tracks():
     boxes = walkers(frames=40)
+    boxes[:, 2:] += torch.randn(len(boxes), 4, generator=torch.Generator().manual_seed(1), dtype=f64) / 2
     learned = learn_motion(boxes, HAND, price=2.0, memory=3, gaps=(1, 2))
     assert (learned.noise < HAND.noise).all()
     assert len(names(boxes, motion=learned)) == 4

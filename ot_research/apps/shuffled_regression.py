@@ -28,6 +28,7 @@ def newton_path(
     *,
     steps: int = 30,    # at most
     tol: float = 1e-6,  # gain that is not worth a step, in units of the loss
+    longest: float | Float[Tensor, "q"] = math.inf,  # change of an entry in one step
 ) -> list[Float[Tensor, "q"]]:
     "Where Newton's method goes, downhill all the way"
     path, at = [theta], theta.detach().requires_grad_()
@@ -37,6 +38,7 @@ def newton_path(
         rows = [torch.autograd.grad(slope, at, one, retain_graph=True)[0] for one in torch.eye(len(at)).to(at)]
         bends, axes = torch.linalg.eigh(torch.stack(rows))
         step = -axes @ (axes.T @ slope.detach() / bends.abs().clamp(min=1e-4 * bends.abs().max()))
+        step = step * (longest / step.abs()).amin().clamp(max=1)
         gain, length = -(slope.detach() @ step).item() / 2, 1.0
         if gain < tol: break
         while length > 1e-3:
@@ -49,7 +51,7 @@ def newton_path(
         path.append(at.detach())
     return path
 
-# %% ../../nbs/apps/shuffled_regression.ipynb #c12
+# %% ../../nbs/apps/shuffled_regression.ipynb #c14
 class _Likelihood(NamedTuple):
     "The loss as a function of one vector: parameters of the model, and scales that are not known"
     model: Model
@@ -79,7 +81,7 @@ class _Likelihood(NamedTuple):
         theta, *scales = self.read(v)
         return unpaired_loss(self.model.predict(x, theta), y, *scales, **self.asked)
 
-# %% ../../nbs/apps/shuffled_regression.ipynb #c14
+# %% ../../nbs/apps/shuffled_regression.ipynb #c16
 Rows = Tensor | np.ndarray  # (n, d), or (n,) for one column
 
 def _columns(name: str, t: Rows) -> Float[Tensor, "n d"]:
@@ -100,7 +102,7 @@ def _refuse(noise: float | None, paired: float | None, foreign: float | None, x:
     if paired != 0 and len(x) != len(y):
         raise ValueError(f"x has {len(x)} rows and y has {len(y)}: none can be pairs; say paired=0")
 
-# %% ../../nbs/apps/shuffled_regression.ipynb #c15
+# %% ../../nbs/apps/shuffled_regression.ipynb #c17
 @dataclass(repr=False, eq=False, kw_only=True)
 class ShuffledRegression(RegressorMixin, BaseEstimator):
     "Regression on rows of which some, or all, are no pairs [Xie et al. 2021]"
@@ -121,7 +123,10 @@ class ShuffledRegression(RegressorMixin, BaseEstimator):
         asked, chance = dict(foreign=self.foreign, rho=self.rho), torch.Generator().manual_seed(self.seed)
         told = self.likelihood_ = _Likelihood(self.model, self.noise, self.paired, asked)
         starts = [told.begin(x, y, theta) for theta in self.start(self.model, x, y, chance)]
-        ways = [newton_path(lambda v: told.loss(v, x, y), v, steps=self.steps, tol=self.tol) for v in starts]
+        longest = torch.ones_like(starts[0])  # of the scales: by a factor of e in one step
+        longest[:len(told.read(longest)[0])] = math.inf
+        asked = dict(steps=self.steps, tol=self.tol, longest=longest)
+        ways = [newton_path(lambda v: told.loss(v, x, y), v, **asked) for v in starts]
         self.path_ = min(ways, key=lambda way: told.loss(way[-1], x, y).item()) if self.steps and ways[1:] else ways[0]
         self.theta_, noise, odds = told.read(self.path_[-1])
         self.noise_, self.paired_ = noise.exp().item(), 0.0 if odds is None else odds.sigmoid().item()

@@ -207,4 +207,4 @@ def learn_motion(
         costs = read(theta).surprise(box, velocity, k, seen)
         return _linked(costs, price, a, b, reg=1.0).value.sum() / a.sum()
     theta = torch.cat([start.carry, start.noise.log(), start.growth.view(1)])
-    return read(newton_path(loss, theta, steps=steps)[-1])
+    return read(newton_path(loss, theta, steps=steps, longest=1.0)[-1])
