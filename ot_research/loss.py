@@ -75,4 +75,4 @@ def hessian(
     (slope,) = torch.autograd.grad(loss(at), at, create_graph=True)
     basis = torch.eye(at.numel(), dtype=at.dtype, device=at.device).reshape(-1, *at.shape)
     rows = [torch.autograd.grad(slope, at, one, retain_graph=True)[0] for one in basis]
-    return torch.stack(rows).reshape(*at.shape, *at.shape)
+    return torch.stack(rows).reshape(at.shape + at.shape)

@@ -124,6 +124,13 @@ def test_products_with_the_hessian_and_the_hessian():
         torch.testing.assert_close(H, H.permute(2, 3, 0, 1), atol=1e-10, rtol=0)
 
 
+def test_the_hessian_in_a_number_is_a_number():
+    def loss(reg): return ot_value(PointCloud(x, y), reg=reg, **EXACTLY)
+    step = 1e-3
+    differences = (loss(eps + step) - 2 * loss(eps) + loss(eps - step)) / step**2
+    torch.testing.assert_close(hessian(loss, eps), differences, atol=0, rtol=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own
 @pytest.mark.parametrize("name", LOSSES)
 def test_function_transforms(name):
