@@ -6,7 +6,7 @@ from sklearn.base import clone
 
 from ot_research.apps.shuffled_regression import ShuffledRegression, newton_path
 from ot_research.apps.unpaired import sorted_matching, unpaired, unpaired_loss
-from ot_research.apps.unpaired_starts import (affine, around, by_quantile, by_sorting, linear, moments,
+from ot_research.apps.unpaired_starts import (affine, around, by_quantile, by_sorting, linear, mixture, moments,
                                               of_module, predictions, ransac, sorted_search)
 
 
@@ -140,3 +140,20 @@ def test_parameters_are_kept_by_clones():
 def test_bad_input_is_refused_by_name(change, message):
     data = {name: change.pop(name, t) for name, t in dict(x=draws(10, 2), y=draws(10)).items()}
     with pytest.raises(ValueError, match=message): ShuffledRegression(**change).fit(data["x"], data["y"])
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_mixture_weighs_rows_by_whether_they_are_pairs(outputs, noise):
+    x, truth = 1 + draws(300, 3), draws(3, outputs, seed=1)
+    y = x @ truth + noise * draws(300, outputs, seed=2)
+    y[:100] = y[:100].roll(1, 0)
+    theta, again = (mixture()(linear, x, y, torch.Generator().manual_seed(0))[0] for _ in range(2))
+    torch.testing.assert_close(theta, again, rtol=1e-12, atol=1e-12)
+    best = torch.linalg.lstsq(x[100:], y[100:]).solution.flatten()
+    assert (theta - best).norm() < 0.02 * best.norm()
+
+
+def test_a_mixture_needs_pairs_of_rows():
+    with pytest.raises(ValueError, match="a mixture needs pairs of rows, not 20 and 19"):
+        mixture(moments(5))(linear, draws(20, 2), draws(19, 1), torch.Generator())
