@@ -6,7 +6,7 @@ import pytest
 from runner import ROOT
 
 PACKAGE = ROOT / "ot_research"
-LAYERS = [["kernels"], ["geometry"], ["grids", "marginals"], ["problem"], ["plan"],
+LAYERS = [["kernels"], ["forms"], ["geometry"], ["grids", "marginals"], ["problem"], ["plan"],
           ["result", "scaling", "oracles", "products"], ["solvers", "newton", "candidates", "densities", "together"],
           ["dual", "batches", "levels", "laplacian"],
           ["annealing", "zeros"], ["exact", "stationary"], ["implicit"], ["connect"],
