@@ -63,6 +63,15 @@ def test_an_earlier_answer_is_a_start():
     assert again.converged and again.n_iter < first.n_iter / 2
 
 
+@pytest.mark.parametrize("size", [1, 20])
+def test_a_bad_start_does_no_harm(size):
+    C = draws(40, 30).square()
+    start = size * draws(40, seed=1), size * draws(30, seed=2)
+    good, bad = (ball_transport(DenseCost(C), reg=0.01, ball=1e-3, init=init) for init in (None, start))
+    assert bad.converged
+    torch.testing.assert_close(bad.value, good.value, rtol=1e-9, atol=1e-9)
+
+
 def test_mass_is_kept_and_forbidden_pairs_stay_empty():
     C = draws(6, 5)
     C[0, :4] = torch.inf

@@ -91,11 +91,11 @@ _ROUGH = 0.1  # mass missed that is good enough on the way
 
 def _annealed(balls: Balls, cost: Tensor, tol: float, most: int, start: tuple | None) -> tuple:
     "Potentials over eps, the number of steps, and the mass still missed"
-    eps, count = 1.0, 0
+    eps, count, init = 1.0, 0, start
     if start is None:
         eps = max(1.0, 0.2 * cost[cost.isfinite()].mean().item())
-        start = torch.zeros_like(balls.a), torch.zeros_like(balls.b)
-    f, g = start
+        init = torch.zeros_like(balls.a), torch.zeros_like(balls.b)
+    f, g = init
     while eps > 1:
         f, g, step, _ = _climbed(balls, f, g, cost / eps, _SOFT[0], _ROUGH, most)
         lower, count = max(1.0, eps / 2), count + step
@@ -103,6 +103,7 @@ def _annealed(balls: Balls, cost: Tensor, tol: float, most: int, start: tuple | 
     for soft in _SOFT:
         f, g, step, error = _climbed(balls, f, g, cost, soft, tol if soft == _SOFT[-1] else _ROUGH, most)
         count += step
+    if start is not None and not error <= tol: return _annealed(balls, cost, tol, most, None)
     return f, g, count, error
 
 # %% ../../nbs/apps/ball_marginals.ipynb #c20
