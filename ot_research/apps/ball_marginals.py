@@ -188,7 +188,7 @@ def ball_transport(
     with torch.no_grad():
         start = init if init is None else tuple(t.double() / reg for t in init)
         found = _annealed(Balls(problem.a, problem.b, radii), plain.cost_rows(slice(None)) / reg, tol, max_iter, start)
-    if found[-1] > tol:
+    if not found[-1] <= tol:
         warnings.warn(f"{found[-1]:.1e} of the mass is in the wrong place after {found[-2]} steps", ConvergenceWarning)
     a, b = (given if w is None else w.double() for w, given in ((a, problem.a), (b, problem.b)))
     balls = Balls(a, b * (a.sum() / b.sum()), radii)
