@@ -16,17 +16,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from queue import Empty
 
 import nbformat
 import numpy as np
 from execnb.nbio import nb2str
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbdev.clean import clean_nb
 from PIL import Image
-from traitlets import default
+from traitlets import Type, default
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
@@ -56,11 +59,32 @@ def notebooks() -> list[Path]:
 
 # --- Execution ---
 
+class Channel(AsyncZMQSocketChannel):
+    "A channel that looks again every second: what nbclient sends for a widget can swallow the signal that a reply is here"
+
+    async def get_msg(self, timeout: float | None = None) -> dict:
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                return await super().get_msg(min(left, 1.0))
+            except Empty:
+                if left <= 1.0:
+                    raise
+
+
+class Client(AsyncKernelClient):
+    shell_channel_class = Type(Channel)
+
+
 class Kernel(AsyncKernelManager):
     "A kernel of the Python that runs this file, whatever kernels are registered on the machine"
 
     @default("kernel_spec_manager")
     def _only_native(self): return KernelSpecManager(kernel_dirs=[])
+
+    @default("client_factory")
+    def _patient(self): return Client
 
 
 def kernel_env(ipython_dir: str) -> dict:

@@ -1,5 +1,7 @@
 "Every notebook, executed in a fresh kernel, still gives the outputs stored in it"
+import asyncio
 import json
+from queue import Empty
 
 import pytest
 import runner
@@ -74,3 +76,20 @@ def test_a_notebook_that_fails_says_which_cell(tmp_path, source, message):
     with pytest.raises(runner.NotebookError, match=message) as error:
         runner.check(path, timeout=10 if "sleep" not in source else 2)
     assert source in str(error.value)
+
+
+@pytest.mark.parametrize("silent, timeout, found", [(2, 60, True), (2, None, True), (9, 0.5, False)])
+def test_a_reply_whose_signal_was_lost_is_looked_for_again(monkeypatch, silent, timeout, found):
+    looks = []
+
+    async def look(channel, timeout):
+        looks.append(timeout)
+        if len(looks) <= silent: raise Empty
+        return "reply"
+
+    monkeypatch.setattr(runner.AsyncZMQSocketChannel, "get_msg", look)
+    waiting = runner.Channel.get_msg(object.__new__(runner.Channel), timeout)
+    if found:
+        assert asyncio.run(waiting) == "reply" and len(looks) == 3 and max(looks) <= 1
+    else:
+        with pytest.raises(Empty): asyncio.run(waiting)
