@@ -116,6 +116,22 @@ def _chord(balls: Balls, f: Tensor, g: Tensor, cost: Tensor, root: Tensor, steps
     return f, g
 
 # %% ../../nbs/apps/ball_marginals.ipynb #c21
+def _moved(found: "BallResult", steps: int) -> tuple[Float[Tensor, "n"], Float[Tensor, "m"]]:
+    "Potentials over reg, with derivatives of the order of the steps"
+    return _chord(found.balls, found.f, found.g, found.cost / found.reg, found._root, steps)
+
+def _value(found: "BallResult") -> Float[Tensor, ""]:
+    "`min <P, C> + reg KL(P | a b')` over the balls"
+    moving = torch.is_grad_enabled() and any(t.requires_grad for t in (found.cost, found.balls.a, found.balls.b))
+    return found.reg * found.balls.dual(*_moved(found, int(moving)), found.cost / found.reg, _SOFT[-1])
+
+def _plan(found: "BallResult") -> AttachedPlan:
+    "The plan, with derivatives"
+    f, g = _moved(found, 2)
+    density = Table((f.unsqueeze(-1) + g - found.cost / found.reg).exp())
+    return AttachedPlan(found.cost, density, found.balls.a, found.balls.b, found.cost.dtype)
+
+# %% ../../nbs/apps/ball_marginals.ipynb #c22
 @dataclass(frozen=True, eq=False)
 class BallResult:
     "What robust transport found, differentiable to second order in cost and weights; answers as `OTResult` does"
@@ -128,23 +144,13 @@ class BallResult:
     marginal_error: float       # mass that the plan misses what the potentials ask for
     converged: bool
 
+    value, plan = cached_property(_value), property(_plan)
     @cached_property
     def _root(self): return _factor(self.balls.constant(), self.f, self.g, self.cost.detach() / self.reg, _SOFT[-1])
-    def _moved(self, steps): return _chord(self.balls, self.f, self.g, self.cost / self.reg, self._root, steps)
-    @cached_property
-    def value(self) -> Float[Tensor, ""]:
-        "`min <P, C> + reg KL(P | a b')` over the balls"
-        moving = torch.is_grad_enabled() and any(t.requires_grad for t in (self.cost, self.balls.a, self.balls.b))
-        return self.reg * self.balls.dual(*self._moved(int(moving)), self.cost / self.reg, _SOFT[-1])
     @property
     def potentials(self) -> tuple[Float[Tensor, "n"], Float[Tensor, "m"]]:
         "Dual potentials, in units of the cost"
-        return tuple(self.reg * t for t in self._moved(2))
-    @property
-    def plan(self) -> AttachedPlan:
-        f, g = self._moved(2)
-        density = Table((f.unsqueeze(-1) + g - self.cost / self.reg).exp())
-        return AttachedPlan(self.cost, density, self.balls.a, self.balls.b, self.cost.dtype)
+        return tuple(self.reg * t for t in _moved(self, 2))
     @property
     def marginals(self) -> tuple[Float[Tensor, "n"], Float[Tensor, "m"]]:
         "Row and column sums of the plan"
@@ -154,7 +160,7 @@ class BallResult:
         "`<P, C>`, the loss of [Xie et al. 2021]"
         return self.plan.cost()
 
-# %% ../../nbs/apps/ball_marginals.ipynb #c22
+# %% ../../nbs/apps/ball_marginals.ipynb #c23
 _LARGEST = 8000  # points of both sides together: the system has their square
 
 def _radii(ball: SupportsFloat | tuple) -> tuple[float, float]:
@@ -165,7 +171,7 @@ def _radii(ball: SupportsFloat | tuple) -> tuple[float, float]:
     raise ValueError("ball must be a squared distance >= 0 of a marginal from its weights, or a pair in which None "
                      f"or 0 keeps a marginal exactly, not {ball!r}")
 
-# %% ../../nbs/apps/ball_marginals.ipynb #c23
+# %% ../../nbs/apps/ball_marginals.ipynb #c24
 def ball_transport(
     geometry: Geometry,                    # PointCloud(x, y) or DenseCost(C)
     a: Float[Tensor, "n"] | None = None,   # weights, uniform when left out; positive

@@ -103,6 +103,14 @@ def _refuse(noise: float | None, paired: float | None, foreign: float | None, x:
         raise ValueError(f"x has {len(x)} rows and y has {len(y)}: none can be pairs; say paired=0")
 
 # %% ../../nbs/apps/shuffled_regression.ipynb #c17
+def _followed(told: _Likelihood, theta: Float[Tensor, "q"], x: Tensor, y: Tensor, **asked) -> list[Float[Tensor, "k"]]:
+    "Newton's way from a start; scales change by a factor of e in one step, at most"
+    v = told.begin(x, y, theta)
+    longest = torch.ones_like(v)
+    longest[:len(theta)] = math.inf
+    return newton_path(lambda v: told.loss(v, x, y), v, longest=longest, **asked)
+
+# %% ../../nbs/apps/shuffled_regression.ipynb #c18
 @dataclass(repr=False, eq=False, kw_only=True)
 class ShuffledRegression(RegressorMixin, BaseEstimator):
     "Regression on rows of which some, or all, are no pairs [Xie et al. 2021]"
@@ -122,11 +130,8 @@ class ShuffledRegression(RegressorMixin, BaseEstimator):
         _refuse(self.noise, self.paired, self.foreign, x, y)
         asked, chance = dict(foreign=self.foreign, rho=self.rho), torch.Generator().manual_seed(self.seed)
         told = self.likelihood_ = _Likelihood(self.model, self.noise, self.paired, asked)
-        starts = [told.begin(x, y, theta) for theta in self.start(self.model, x, y, chance)]
-        longest = torch.ones_like(starts[0])  # of the scales: by a factor of e in one step
-        longest[:len(told.read(longest)[0])] = math.inf
-        asked = dict(steps=self.steps, tol=self.tol, longest=longest)
-        ways = [newton_path(lambda v: told.loss(v, x, y), v, **asked) for v in starts]
+        starts = self.start(self.model, x, y, chance)
+        ways = [_followed(told, theta, x, y, steps=self.steps, tol=self.tol) for theta in starts]
         self.path_ = min(ways, key=lambda way: told.loss(way[-1], x, y).item()) if self.steps and ways[1:] else ways[0]
         self.theta_, noise, odds = told.read(self.path_[-1])
         self.noise_, self.paired_ = noise.exp().item(), 0.0 if odds is None else odds.sigmoid().item()
